@@ -1,18 +1,35 @@
 """Remakes every table and picture of the README. Everything it writes goes to tests/results/.
 
-python tests/benchmark.py players       reference players: classical algorithms and exact optima, in numpy
+python tests/benchmark.py players              reference players: classical algorithms and exact optima, in numpy
+python tests/benchmark.py evaluate             every trained agent of tests/results on held-out tasks, beside the players
+python tests/benchmark.py curves runs/A ...    learning curves of finished runs, a picture for each script
+python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
+python tests/benchmark.py trajectories         PointNav before and after each adaptation step
+python tests/benchmark.py speed                env steps a second of each script, what MAML's cost grows with, two processes
 """
 
 import csv
 import functools
 import itertools
 import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tests" / "results"
 
 
 def write_csv(name, columns, rows):
@@ -21,6 +38,11 @@ def write_csv(name, columns, rows):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def read_csv(name):
+    with open(RESULTS / name, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def print_table(columns, rows):
@@ -251,11 +273,10 @@ def grid_navi_random(size=5, steps=15):
 
 def navigation_players():
     first, later = grid_navi_bayes_optimum()
-    yield "GridNavi, 4 episodes", "random", 4 * grid_navi_random(), 0.0, "exact"
-    yield "GridNavi, 4 episodes", "Bayes-optimal", first + 3 * later, 0.0, "exact"
-    yield "GridNavi, first episode", "Bayes-optimal", first, 0.0, "exact"
-    yield "GridNavi, later episodes", "Bayes-optimal", later, 0.0, "exact"
-    yield "GridNavi, an episode", "known goal", later, 0.0, "exact"
+    yield "GridNavi", "random", 4 * grid_navi_random(), 0.0, "exact"
+    yield "GridNavi", "Bayes-optimal", first + 3 * later, 0.0, "exact"
+    yield "GridNavi, episode 1", "Bayes-optimal", first, 0.0, "exact"
+    yield "GridNavi, later episodes", "known goal", later, 0.0, "exact"
 
     # With the goal known, each axis goes to it on its own at full speed.
     rng = np.random.default_rng(3)
@@ -270,9 +291,9 @@ def navigation_players():
     sparse = distances(half_circle, 60, 0.1)
     sparse_known = np.where(sparse < 0.2, 1 - sparse, 0).sum(1)
     for task, player, returns in (
-        ("PointNav, an episode", "standing still", point_still),
-        ("PointNav, an episode", "known goal", point_known),
-        ("SparsePointNav, an episode", "known goal", sparse_known),
+        ("PointNav", "standing still", point_still),
+        ("PointNav", "known goal", point_known),
+        ("SparsePointNav", "known goal", sparse_known),
     ):
         yield task, player, returns.mean(), returns.std() / math.sqrt(len(returns)), len(returns)
 
@@ -288,5 +309,241 @@ def players():
     print_table(columns, rows)
 
 
+# Trained agents.
+
+
+def run_script(runs_dir, script, *flags, processes=1, threads=1):
+    """Runs one script with `runs_dir` for its output; returns what it printed and its run folder."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, f"{script}.py", *flags, "--torch-threads", str(threads), "--runs-dir", runs_dir]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    [run] = Path(runs_dir).iterdir()
+    return done.stdout, run
+
+
+# (row name, which begins with the checkpoint's in tests/results; task of players.csv; flags of the evaluation)
+EVALUATIONS = (
+    ("rl2_bandit_k5_n10", "Bandit k=5 n=10", "--eval-tasks 100000"),
+    ("rl2_bandit_k5_n100", "Bandit k=5 n=100", "--eval-tasks 20000"),
+    ("rl2_tabular_mdp_n10", "TabularMDP n=10", "--eval-tasks 4000"),
+    ("rl2_tabular_mdp_n10 at n=100", "TabularMDP n=100", "--eval-tasks 600 --env-kwargs n 100"),
+    ("rl2_grid_navi", "GridNavi", "--eval-tasks 4000"),
+    ("maml_point_nav", "PointNav", ""),
+    ("maml_tabular_mdp", "TabularMDP", "--eval-tasks 1000"),
+    ("actor_critic_tabular_mdp", "TabularMDP n=10", "--eval-tasks 4000"),
+    ("actor_critic_tabular_mdp at n=100", "TabularMDP n=100", "--eval-tasks 600 --eval-episodes 100"),
+    ("actor_critic_point_nav", "PointNav", ""),
+    ("actor_critic_sparse_point_nav", "SparsePointNav", ""),
+)
+
+# What others report: Duan et al. 2016, tables 1 and 2; Mishra et al. 2018, tables 1 and 4.
+PUBLISHED = {
+    "Bandit k=5 n=10": (("RL², Duan et al. 2016", 6.7), ("SNAIL, Mishra et al. 2018", 6.6)),
+    "Bandit k=5 n=100": (("RL², Duan et al. 2016", 78.7), ("SNAIL, Mishra et al. 2018", 79.1)),
+    "TabularMDP n=10": (
+        ("RL², Duan et al. 2016", 156.2),
+        ("SNAIL, Mishra et al. 2018", 159.1),
+        ("BEB, Duan et al. 2016", 150.2),
+        ("OPSRL, Duan et al. 2016", 144.1),
+    ),
+    "TabularMDP n=100": (
+        ("RL² trained at n=100, Duan et al. 2016", 1913.7),
+        ("SNAIL trained at n=100, Mishra et al. 2018", 1953.1),
+        ("OPSRL, Duan et al. 2016", 1973.9),
+    ),
+}
+
+
+def evaluate():
+    """Every trained agent on held-out tasks -> evaluations.csv, and a table of each task with the reference players"""
+    columns = ("agent", "global_step", "adaptation", "mean_return", "stderr", "num_tasks")
+    rows, learned = [], defaultdict(list)
+    for name, task, flags in EVALUATIONS:
+        path = RESULTS / f"{name.split()[0]}.pt"
+        if not path.exists():
+            print(f"{name}: no {path.name}, left out")
+            continue
+        with tempfile.TemporaryDirectory() as runs_dir:
+            script = "mrl_" + re.match("rl2|maml|actor_critic", name)[0]
+            printed, run = run_script(runs_dir, script, "--evaluate", str(path), *flags.split())
+            with open(run / "eval.csv", newline="") as file:
+                own = [(name, *(row[column] for column in columns[1:])) for row in csv.DictReader(file)]
+        if total := re.search(r"whole trial +(\S+) ± (\S+)", printed):
+            own.append((name, own[0][1], "trial", *total.groups(), own[0][5]))
+            learned[task].append((f"**{name}**", *own[-1][3:]))
+        rows += own
+        print(f"\n{name}: {printed.strip()}", flush=True)
+    write_csv("evaluations.csv", columns, rows)
+    players = read_csv("players.csv")
+    for task, entries in learned.items():
+        entries += [(p["player"], p["mean_return"], p["stderr"], p["num_tasks"]) for p in players if p["task"] == task]
+        entries += [(name, value, "", "") for name, value in PUBLISHED.get(task, ())]
+        print_table((task, "return of a trial", "standard error", "tasks"), sorted(entries, key=lambda row: float(row[1])))
+    for name, task, _ in EVALUATIONS:
+        own = [row for row in rows if row[0] == name and row[2] != "trial"]
+        if own and len(own) < 20:
+            print_table((task, *(row[2] for row in own)), [(name, *(f"{float(r[3]):.2f} ± {float(r[4]):.2f}" for r in own))])
+
+
+# Pictures: Okabe and Ito's colours, which colour-blind readers can tell apart.
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def new_figure(num_panels, height=3.4):
+    matplotlib.use("Agg")
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11})
+    figure, axes = plt.subplots(1, num_panels, figsize=(4.6 * num_panels, height), squeeze=False, layout="constrained")
+    return figure, axes[0]
+
+
+def save_figure(figure, name):
+    figure.savefig(RESULTS / name, dpi=160)
+    plt.close(figure)
+    print(f"wrote {RESULTS / name}")
+
+
+def reference_line(axis, value, label, above=True):
+    axis.axhline(value, color="0.35", linestyle="--", linewidth=1)
+    offset, anchor = (2, "bottom") if above else (-2, "top")
+    axis.annotate(
+        label,
+        (0.99, value),
+        (0, offset),
+        xycoords=axis.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va=anchor,
+        fontsize=8,
+        color="0.35",
+    )
+
+
+def task_name(settings):
+    """The task as players.csv names it, from the settings in a checkpoint."""
+    family = settings["env_id"].split(":")[-1].removesuffix("-v0")
+    kwargs = {"Bandit": {"k": 5, "n": 10}, "TabularMDP": {"n": 10}}.get(family, {}) | settings["env_kwargs"]
+    return " ".join([family, *(f"{key}={value}" for key, value in kwargs.items())])
+
+
+# Players drawn as lines in the learning curves of a task, and whether the label stands above its line.
+LINES = {
+    "Bandit k=5 n=10": {"Thompson sampling": False, "optimum": True},
+    "Bandit k=5 n=100": {"Thompson sampling": False, "finite-horizon Gittins index": True},
+    "TabularMDP n=10": {"random": False, "PSRL": False, "count bonus 0.6": True},
+    "GridNavi": {"random": True, "Bayes-optimal": True},
+    "PointNav": {"standing still": False, "known goal": True},
+}
+
+
+def curves(runs: tyro.conf.Positional[tuple[Path, ...]]):
+    """Held-out return against env steps of finished runs -> curves_<script>.png and .csv"""
+    panels = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        with open(run / "eval.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == "heldout"]
+        panels[saved["script"]][task_name(saved["args"])].append((saved["args"]["seed"], rows))
+    players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv("players.csv")}
+    columns = ("task", "seed", "global_step", "adaptation", "mean_return", "stderr", "num_tasks")
+    for script, tasks in panels.items():
+        figure, axes = new_figure(len(tasks))
+        for axis, (task, seeds) in zip(axes, tasks.items(), strict=True):
+            for seed, rows in seeds:
+                curve = defaultdict(lambda: defaultdict(float))  # adaptation, or whole trial -> env steps -> return
+                last = max(int(row["adaptation"]) for row in rows)
+                for row in rows:
+                    k, step = int(row["adaptation"]), int(row["global_step"]) / 1e6
+                    if script == "mrl_maml":
+                        curve[f"after {k} step" + "s" * (k != 1)][step] = float(row["mean_return"])
+                    elif script == "mrl_rl2" or k < last:  # the actor-critic's last row comes after the trial
+                        curve[f"seed {seed}"][step] += float(row["mean_return"])
+                first = seed == seeds[0][0] or script != "mrl_maml"
+                for i, (label, points) in enumerate(curve.items()):
+                    colour = COLOURS[i if script == "mrl_maml" else [s for s, _ in seeds].index(seed)]
+                    axis.plot(points.keys(), points.values(), color=colour, label=label if first else None)
+            for player, above in LINES.get(task, {}).items():
+                reference_line(axis, players[task, player], player, above)
+            axis.set(title=task, xlabel="environment steps (millions)", xlim=(0, None))
+            axis.legend(frameon=False, fontsize=8)
+        axes[0].set_ylabel("return of an episode, held-out" if script == "mrl_maml" else "return of a trial, held-out")
+        save_figure(figure, f"curves_{script}.png")
+        flat = [(t, s, *(row[c] for c in columns[2:])) for t, seeds in tasks.items() for s, rows in seeds for row in rows]
+        write_csv(f"curves_{script}.csv", columns, flat)
+
+
+def adaptation():
+    """Return of each episode of a trial by the trained agents -> adaptation.png"""
+    agents, names = defaultdict(list), {"rl2": "RL²", "actor_critic": "meta actor-critic"}
+    for row in read_csv("evaluations.csv"):
+        if row["adaptation"] != "trial":
+            agents[row["agent"]].append((int(row["adaptation"]), float(row["mean_return"]), float(row["stderr"])))
+    players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv("players.csv")}
+    first, later = players["GridNavi, episode 1", "Bayes-optimal"], players["GridNavi, later episodes", "known goal"]
+    known = players["TabularMDP n=10", "known MDP"] / 10
+    panels = {"GridNavi": ("rl2_grid_navi",), "TabularMDP": ("rl2_tabular_mdp_n10", "actor_critic_tabular_mdp")}
+    panels["TabularMDP, ten times the trained length"] = tuple(f"{name} at n=100" for name in panels["TabularMDP"])
+    figure, axes = new_figure(len(panels))
+    for axis, (title, shown) in zip(axes, panels.items(), strict=True):
+        for name in (name for name in shown if name in agents):
+            colour, label = next((COLOURS[i], names[key]) for i, key in enumerate(names) if name.startswith(key))
+            episode, mean, error = np.array([row for row in agents[name] if row[0] <= (100 if "n=100" in name else 10)]).T
+            axis.plot(episode, mean, "o-" if len(episode) < 20 else "-", color=colour, label=label, markersize=4)
+            axis.fill_between(episode, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, linewidth=0)
+        if title == "GridNavi":
+            axis.plot([1, 2, 3, 4], [first, later, later, later], "--", color="0.35", linewidth=1, label="Bayes-optimal")
+            axis.set_xticks([1, 2, 3, 4])
+        else:
+            reference_line(axis, known, "known MDP")
+            reference_line(axis, 10, "random", above=False)
+            axis.set_ylim(9, 23)
+        axis.set(title=title, xlabel="episode of the trial")
+        axis.legend(frameon=False, loc="lower right")
+    axes[0].set_ylabel("return of the episode, held-out")
+    save_figure(figure, "adaptation.png")
+
+
+# Speed.
+
+
+def measure(script, flags, steps_per_iteration, processes=1, threads=2, warm_up=5, iterations=20):
+    """Medians over `iterations` after `warm_up`: env steps a second, seconds of rollout and of update."""
+    total = ["--total-timesteps", str(steps_per_iteration * (warm_up + iterations)), "--eval-every", "1000000"]
+    with tempfile.TemporaryDirectory() as runs_dir:
+        every = [*flags.split(), *total, "--eval-tasks", "2", "--checkpoint-every", "1000000"]
+        _, run = run_script(runs_dir, script, *every, processes=processes, threads=threads)
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = ("charts/SPS", "time/rollout", "time/update")
+    return [statistics.median(event.value for event in events.Scalars(tag)[warm_up:]) for tag in tags]
+
+
+# (script, setting, flags, env steps of an iteration)
+MAML = "--num-tasks {M} --num-episodes {E} --num-adapt-steps {K}"
+SPEEDS = (
+    ("mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", "--env-id Bandit-v0 --env-kwargs k 5 n 100 --hidden-size 64", 102_400),
+    (
+        "mrl_rl2",
+        "Bandit k=5 n=100, GRU 256, 8 epochs, 256 trials",
+        "--env-id Bandit-v0 --env-kwargs k 5 n 100 --hidden-size 256 --update-epochs 8 --num-tasks 256",
+        25_600,
+    ),
+)
+
+
+def speed():
+    """Training speed of each script, what MAML's cost grows with, one and two processes -> speed.csv"""
+    columns = ("script", "setting", "processes", "threads", "env_steps_per_second", "rollout_seconds", "update_seconds")
+    rows = []
+    for script, setting, flags, steps in SPEEDS:
+        sps, rollout, update = measure(script, flags, steps)
+        rows.append((script, setting, 1, 2, f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}"))
+        print(*rows[-1], f"load average {os.getloadavg()[0]:.1f}", sep=", ", flush=True)
+    write_csv("speed.csv", columns, rows)
+    print_table(columns, rows)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"players": players})
+    tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in (players, evaluate, curves, adaptation, speed)})
