@@ -406,20 +406,10 @@ def save_figure(figure, name):
     print(f"wrote {RESULTS / name}")
 
 
-def reference_line(axis, value, label, above=True):
+def reference_line(axis, value, label):
+    """A dashed line across the panel, named to the right of it, where no curve runs."""
     axis.axhline(value, color="0.35", linestyle="--", linewidth=1)
-    offset, anchor = (2, "bottom") if above else (-2, "top")
-    axis.annotate(
-        label,
-        (0.99, value),
-        (0, offset),
-        xycoords=axis.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="right",
-        va=anchor,
-        fontsize=8,
-        color="0.35",
-    )
+    axis.text(1.01, value, label, transform=axis.get_yaxis_transform(), va="center", fontsize=8, color="0.35")
 
 
 def task_name(settings):
@@ -429,13 +419,14 @@ def task_name(settings):
     return " ".join([family, *(f"{key}={value}" for key, value in kwargs.items())])
 
 
-# Players drawn as lines in the learning curves of a task, and whether the label stands above its line.
+# Players drawn as lines into the learning curves of a task, by the name that stands there.
 LINES = {
-    "Bandit k=5 n=10": {"Thompson sampling": False, "optimum": True},
-    "Bandit k=5 n=100": {"Thompson sampling": False, "finite-horizon Gittins index": True},
-    "TabularMDP n=10": {"random": False, "PSRL": False, "count bonus 0.6": True},
-    "GridNavi": {"random": True, "Bayes-optimal": True},
-    "PointNav": {"standing still": False, "known goal": True},
+    "Bandit k=5 n=10": {"Thompson sampling": "Thompson\nsampling", "optimum": "optimum"},
+    "Bandit k=5 n=100": {"Thompson sampling": "Thompson\nsampling", "finite-horizon Gittins index": "Gittins\nindex"},
+    "TabularMDP n=10": {"random": "random", "PSRL": "PSRL", "count bonus 0.6": "count\nbonus"},
+    "GridNavi": {"random": "random", "Bayes-optimal": "Bayes-\noptimal"},
+    "PointNav": {"standing still": "standing\nstill", "known goal": "known\ngoal"},
+    "SparsePointNav": {"known goal": "known\ngoal"},
 }
 
 
@@ -465,8 +456,9 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]]):
                 for i, (label, points) in enumerate(curve.items()):
                     colour = COLOURS[i if script == "mrl_maml" else [s for s, _ in seeds].index(seed)]
                     axis.plot(points.keys(), points.values(), color=colour, label=label if first else None)
-            for player, above in LINES.get(task, {}).items():
-                reference_line(axis, players[task, player], player, above)
+            for player, label in LINES.get(task, {}).items():
+                if script != "mrl_maml" or "MDP" not in task:  # MAML's returns are those of an episode
+                    reference_line(axis, players[task, player], label)
             axis.set(title=task, xlabel="environment steps (millions)", xlim=(0, None))
             axis.legend(frameon=False, fontsize=8)
         axes[0].set_ylabel("return of an episode, held-out" if script == "mrl_maml" else "return of a trial, held-out")
@@ -494,14 +486,14 @@ def adaptation():
             axis.plot(episode, mean, "o-" if len(episode) < 20 else "-", color=colour, label=label, markersize=4)
             axis.fill_between(episode, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, linewidth=0)
         if title == "GridNavi":
-            axis.plot([1, 2, 3, 4], [first, later, later, later], "--", color="0.35", linewidth=1, label="Bayes-optimal")
+            axis.plot([1, 2, 3, 4], [first, later, later, later], "--", color="black", label="Bayes-optimal", zorder=3)
             axis.set_xticks([1, 2, 3, 4])
         else:
-            reference_line(axis, known, "known MDP")
-            reference_line(axis, 10, "random", above=False)
+            reference_line(axis, known, "known\nMDP")
+            reference_line(axis, 10, "random")
             axis.set_ylim(9, 23)
         axis.set(title=title, xlabel="episode of the trial")
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))
     axes[0].set_ylabel("return of the episode, held-out")
     save_figure(figure, "adaptation.png")
 
@@ -509,7 +501,7 @@ def adaptation():
 # Speed.
 
 
-def measure(script, flags, steps_per_iteration, processes=1, threads=2, warm_up=5, iterations=20):
+def measure(script, flags, steps_per_iteration, processes, threads, warm_up=5, iterations=20):
     """Medians over `iterations` after `warm_up`: env steps a second, seconds of rollout and of update."""
     total = ["--total-timesteps", str(steps_per_iteration * (warm_up + iterations)), "--eval-every", "1000000"]
     with tempfile.TemporaryDirectory() as runs_dir:
@@ -520,26 +512,31 @@ def measure(script, flags, steps_per_iteration, processes=1, threads=2, warm_up=
     return [statistics.median(event.value for event in events.Scalars(tag)[warm_up:]) for tag in tags]
 
 
-# (script, setting, flags, env steps of an iteration)
-MAML = "--num-tasks {M} --num-episodes {E} --num-adapt-steps {K}"
-SPEEDS = (
-    ("mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", "--env-id Bandit-v0 --env-kwargs k 5 n 100 --hidden-size 64", 102_400),
-    (
-        "mrl_rl2",
-        "Bandit k=5 n=100, GRU 256, 8 epochs, 256 trials",
-        "--env-id Bandit-v0 --env-kwargs k 5 n 100 --hidden-size 256 --update-epochs 8 --num-tasks 256",
-        25_600,
-    ),
-)
+def speed_settings(threads):
+    """(table, script, setting, flags, env steps of an iteration, processes, threads)"""
+    bandit, rl2_steps = "--env-id Bandit-v0 --env-kwargs k 5 n 100", 102_400
+    small, large = "--hidden-size 64 --update-epochs 3", "--hidden-size 256 --update-epochs 8 --num-tasks 256"
+    maml = "--num-tasks {} --num-episodes {} --adapt-steps {}"
+    yield "training", "mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", f"{bandit} {small}", rl2_steps, 1, threads
+    yield "training", "mrl_rl2", "Bandit k=5 n=100, GRU 256, 8 epochs", f"{bandit} {large}", rl2_steps // 4, 1, threads
+    yield "training", "mrl_actor_critic", "TabularMDP n=10, 128 trials", "--num-tasks 128", 12_800, 1, threads
+    for M, E, K in ((20, 20, 1), (10, 20, 1), (40, 20, 1), (20, 10, 1), (20, 40, 1), (20, 20, 2), (20, 20, 3)):
+        setting, table = f"PointNav, {M} tasks, {E} episodes, K={K}", "training" if (M, E, K) == (20, 20, 1) else "MAML's cost"
+        yield table, "mrl_maml", setting, maml.format(M, E, K), M * E * (K + 1) * 100, 1, threads
+    for processes in (1, 2):
+        yield "processes", "mrl_maml", "PointNav, 20 tasks, 20 episodes, K=1", maml.format(20, 20, 1), 80_000, processes, 1
+        yield "processes", "mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", f"{bandit} {small}", rl2_steps, processes, 1
 
 
-def speed():
+def speed(threads: int = 2):
     """Training speed of each script, what MAML's cost grows with, one and two processes -> speed.csv"""
-    columns = ("script", "setting", "processes", "threads", "env_steps_per_second", "rollout_seconds", "update_seconds")
+    columns = ["table", "script", "setting", "processes", "threads", "env_steps_per_second", "rollout_s", "update_s"]
     rows = []
-    for script, setting, flags, steps in SPEEDS:
-        sps, rollout, update = measure(script, flags, steps)
-        rows.append((script, setting, 1, 2, f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}"))
+    for table, script, setting, flags, steps, processes, own_threads in speed_settings(threads):
+        if not (ROOT / f"{script}.py").exists():
+            continue
+        sps, rollout, update = measure(script, flags, steps, processes, own_threads)
+        rows.append((table, script, setting, processes, own_threads, f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}"))
         print(*rows[-1], f"load average {os.getloadavg()[0]:.1f}", sep=", ", flush=True)
     write_csv("speed.csv", columns, rows)
     print_table(columns, rows)
