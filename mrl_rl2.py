@@ -20,6 +20,7 @@ Shapes: M tasks of a meta-batch (one trial each), E episodes a trial, L steps a 
 I = D + A + 2 input size, H hidden size.
 """
 
+import importlib
 import inspect
 import io
 import os
@@ -38,6 +39,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordVideo
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -74,7 +76,7 @@ class Args:
     evaluate: str | None = None
     """evaluate this checkpoint on held-out tasks and exit; flags given beside it win over the saved ones"""
     capture_video: bool = False
-    """record videos of one held-out task at the end"""
+    """film a few held-out tasks at the end (needs `pip install moviepy`)"""
 
     # Algorithm specific arguments
     learning_rate: float = 1e-3
@@ -113,10 +115,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     (`observe`). Sub-environments that run together need no Python loop; episodes end after `episode_steps` steps.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 4}
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}
 
-    def __init__(self, num_envs, observation_space, action_space, episode_steps, render_mode=None):
-        self.num_envs, self.episode_steps, self.render_mode = num_envs, episode_steps, render_mode
+    def __init__(self, num_envs, observation_space, action_space, episode_steps):
+        self.num_envs, self.episode_steps = num_envs, episode_steps
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
@@ -150,9 +152,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 class Bandit(TaskVectorEnv):
     """k Bernoulli arms with p ~ U[0, 1]; a trial is n pulls, each pull an episode of one step (Duan et al. 2016, 3.1)."""
 
-    def __init__(self, num_envs=1, k=5, n=10, render_mode=None):
+    def __init__(self, num_envs=1, k=5, n=10):
         self.k, self.episodes_per_trial, self.p = k, n, np.zeros((num_envs, k))
-        super().__init__(num_envs, gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(k), 1, render_mode)
+        super().__init__(num_envs, gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(k), 1)
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.random((num_tasks, self.k)))
@@ -175,10 +177,10 @@ class TabularMDP(TaskVectorEnv):
     """10 states, 5 actions, P(.|s,a) ~ Dirichlet(1), mean rewards ~ N(1, 1), observed with noise N(0, 1); 10 steps an
     episode from state 0, n episodes a trial; the observation is the state, one-hot (Duan et al. 2016, 3.2)."""
 
-    def __init__(self, num_envs=1, n=10, render_mode=None):
+    def __init__(self, num_envs=1, n=10):
         self.episodes_per_trial, self.state = n, np.zeros(num_envs, dtype=np.int64)
         self.cdf, self.mean_reward = np.zeros((num_envs, 10, 5, 10)), np.zeros((num_envs, 10, 5))
-        super().__init__(num_envs, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5), 10, render_mode)
+        super().__init__(num_envs, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5), 10)
 
     def sample_tasks(self, num_tasks, rng):
         return list(zip(rng.dirichlet(np.ones(10), (num_tasks, 10, 5)), rng.normal(1, 1, (num_tasks, 10, 5)), strict=True))
@@ -204,13 +206,14 @@ class GridNavi(TaskVectorEnv):
     """A 5x5 grid with a hidden goal, anywhere but in the 2x2 corner of the start; +1 on the goal, -0.1 off it; 15 steps an
     episode, 4 episodes a trial; the observation is x, y (Zintgraf et al. 2020, 5.1)."""
 
+    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 4}
     moves = np.array([[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]])
     goals = np.array([(x, y) for x in range(5) for y in range(5) if max(x, y) > 1])
 
     def __init__(self, num_envs=1, render_mode=None):
-        self.episodes_per_trial = 4
+        self.episodes_per_trial, self.render_mode = 4, render_mode
         self.position, self.goal = np.zeros((num_envs, 2), dtype=np.int64), np.zeros((num_envs, 2), dtype=np.int64)
-        super().__init__(num_envs, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5), 15, render_mode)
+        super().__init__(num_envs, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5), 15)
 
     def sample_tasks(self, num_tasks, rng):
         return list(self.goals[rng.integers(len(self.goals), size=num_tasks)])
@@ -324,7 +327,7 @@ def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
     actions (L, M, ...), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     device, dtype, space = agent.log_std.device, agent.log_std.dtype, envs.single_action_space
     storage = {name: [] for name in ("inputs", "actions", "logprobs", "values", "rewards", "masks", "episodes")}
-    envs.set_attr("task", list(tasks))
+    envs.unwrapped.set_attr("task", list(tasks))
     next_obs, _ = envs.reset(seed=seeds)
     episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=device)  # (M,)
     previous = torch.zeros(envs.num_envs, agent.action_dim + 2, dtype=dtype, device=device)  # action, reward, episode end
@@ -406,9 +409,11 @@ def trial_returns(rewards, episodes, masks, num_episodes):
     return returns
 
 
-def evaluate(agent, args, tasks, num_episodes):
+def evaluate(agent, args, tasks, num_episodes, video_dir=None):
     """Plays one trial of each task with the most probable actions; returns (E, tasks), the noise always the same."""
-    envs = make_envs(args, len(tasks))
+    envs = make_envs(args, len(tasks), film=video_dir is not None)
+    if video_dir is not None:
+        envs = RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: True)
     seeds = stream(args.seed, 0, EVAL).integers(2**31, size=len(tasks)).tolist()
     batch = rollout(agent, envs, tasks, num_episodes, seeds, generator=None)
     envs.close()
@@ -453,25 +458,39 @@ def require(args, flags, ok, right):
             fail(f"--{flag.replace('_', '-')} {value}: {right}")
 
 
-def make_envs(args, num_envs, **kwargs):
+def make_envs(args, num_envs, film=False):
     """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync."""
+    kwargs = {"render_mode": "rgb_array"} if film else {}
+    module, _, name = args.env_id.rpartition(":")
     try:
-        spec = gym.spec(args.env_id)
-        entry_point = spec.vector_entry_point or spec.entry_point
-        if spec.vector_entry_point is None:
+        sys.path.append(os.getcwd())  # where a family of your own may lie
+        if module:
+            importlib.import_module(module)
+        entry_point = gym.spec(name).vector_entry_point or gym.spec(name).entry_point
+        if gym.spec(name).vector_entry_point is None:
             kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
-        envs = gym.make_vec(args.env_id, num_envs, **kwargs, **args.env_kwargs)
+        envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
-        names = [name for name in inspect.signature(load_env_creator(entry_point)).parameters if name != "num_envs"]
-        fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names)}")
+        if film and "render_mode" in str(error):
+            fail(f"--capture-video True: {args.env_id} draws no pictures")
+        creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
+        names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
+        fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
     if not hasattr(task_family(envs), "sample_tasks"):
         fail(f"--env-id {args.env_id}: it has no sample_tasks(num_tasks, rng); give a task family")
     if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
         fail(f"--env-id {args.env_id}: observations are {envs.single_observation_space}; give a family with vectors (Box)")
     if not isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box):
         fail(f"--env-id {args.env_id}: actions are {envs.single_action_space}; give a family with Discrete or Box")
+    if film:
+        try:
+            importlib.import_module("moviepy")
+            envs.reset()
+            envs.render()
+        except Exception as error:  # whatever a missing renderer raises
+            fail(f"--capture-video True: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
     return envs
 
 
@@ -588,6 +607,8 @@ if __name__ == "__main__":
     envs = make_envs(args, args.num_tasks // WORLD_SIZE)
     num_episodes = args.episodes_per_trial or getattr(task_family(envs), "episodes_per_trial", 2)
     require(args, "env_kwargs", lambda x: num_episodes >= 1, "give at least 1 episode a trial")
+    if args.capture_video:
+        make_envs(args, 1, film=True).close()  # so that it fails now if at all
     heldout_tasks = task_family(envs).sample_tasks(args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
     train_tasks = task_family(envs).sample_tasks(args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args.hidden_size).to(device)
@@ -611,6 +632,8 @@ if __name__ == "__main__":
         returns = evaluate(agent, args, heldout_tasks, num_episodes)
         write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=1))
         print_table(returns)
+        if args.capture_video:
+            evaluate(agent, args, heldout_tasks[:4], num_episodes, run_dir / "videos")
         sys.exit()
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
@@ -730,4 +753,6 @@ if __name__ == "__main__":
             print(f"stopped after iteration {iteration}; go on with: {resume_command}")
             sys.exit(128 + stop_signals[0])
         print_table(heldout_returns)
+        if args.capture_video:
+            evaluate(agent, args, heldout_tasks[:4], num_episodes, run_dir / "videos")
         print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")
