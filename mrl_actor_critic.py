@@ -30,6 +30,7 @@ Shapes: M tasks of a meta-batch, C explorations of each, N = M * C trials, R rou
 size, A action size, K rows of features (A, or 1 + A for a Box), W weights of the critic.
 """
 
+import importlib
 import inspect
 import io
 import os
@@ -48,6 +49,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordVideo
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -71,7 +73,7 @@ class Args:
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
-    eval_every: int = 20
+    eval_every: int = 50
     """iterations between two evaluations on held-out tasks"""
     eval_tasks: int = 1000
     """number of held-out tasks, the same ones in each evaluation"""
@@ -84,12 +86,12 @@ class Args:
     evaluate: str | None = None
     """evaluate this checkpoint on held-out tasks and exit; flags given beside it win over the saved ones"""
     capture_video: bool = False
-    """record videos of one held-out task at the end"""
+    """film a few held-out tasks at the end (needs `pip install moviepy`)"""
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3
     """learning rate of Adam at the start, for the networks"""
-    prior_learning_rate: float = 2e-2
+    prior_learning_rate: float = 5e-2
     """the same for the single numbers: prior, discount, temperature, action selection"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
@@ -143,10 +145,10 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     (`observe`). Sub-environments that run together need no Python loop; episodes end after `episode_steps` steps.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 4}
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}
 
-    def __init__(self, num_envs, observation_space, action_space, episode_steps, render_mode=None):
-        self.num_envs, self.episode_steps, self.render_mode = num_envs, episode_steps, render_mode
+    def __init__(self, num_envs, observation_space, action_space, episode_steps):
+        self.num_envs, self.episode_steps = num_envs, episode_steps
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
@@ -181,10 +183,10 @@ class TabularMDP(TaskVectorEnv):
     """10 states, 5 actions, P(.|s,a) ~ Dirichlet(1), mean rewards ~ N(1, 1), observed with noise N(0, 1); 10 steps an
     episode from state 0, n episodes a trial; the observation is the state, one-hot (Duan et al. 2016, 3.2)."""
 
-    def __init__(self, num_envs=1, n=10, render_mode=None):
+    def __init__(self, num_envs=1, n=10):
         self.episodes_per_trial, self.state = n, np.zeros(num_envs, dtype=np.int64)
         self.cdf, self.mean_reward = np.zeros((num_envs, 10, 5, 10)), np.zeros((num_envs, 10, 5))
-        super().__init__(num_envs, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5), 10, render_mode)
+        super().__init__(num_envs, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5), 10)
 
     def sample_tasks(self, num_tasks, rng):
         return list(zip(rng.dirichlet(np.ones(10), (num_tasks, 10, 5)), rng.normal(1, 1, (num_tasks, 10, 5)), strict=True))
@@ -211,10 +213,12 @@ class PointNav(TaskVectorEnv):
     position; reward -distance to the goal after the move; 100 steps, no early end; the observation is x, y (Finn et al. 2017,
     5.3.1, whose episodes end within 0.01 of the goal)."""
 
+    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}
+
     def __init__(self, num_envs=1, render_mode=None):
-        self.position, self.goal = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
+        self.position, self.goal, self.render_mode = np.zeros((num_envs, 2)), np.zeros((num_envs, 2)), render_mode
         spaces = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Box(-0.1, 0.1, (2,))
-        super().__init__(num_envs, *spaces, 100, render_mode)
+        super().__init__(num_envs, *spaces, 100)
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.uniform(-0.5, 0.5, (num_tasks, 2)))
@@ -226,11 +230,20 @@ class PointNav(TaskVectorEnv):
         self.position[mask] = 0
 
     def act(self, actions):
-        self.position = self.position + actions.clip(-0.1, 0.1)
+        self.position = self.position + np.clip(actions, -0.1, 0.1)
         return -np.linalg.norm(self.position - self.goal, axis=-1)
 
     def observe(self):
         return self.position.astype(np.float32)
+
+    def render(self):
+        """One picture of [-1, 1]^2 for each sub-environment: the goal in green, the agent in blue."""
+        frames = np.full((self.num_envs, 64, 64, 3), 230, dtype=np.uint8)
+        for frame, goal, position in zip(frames, self.goal, self.position, strict=True):
+            for (x, y), colour in ((goal, (0, 158, 115)), (position, (0, 114, 178))):
+                column, row = (np.array([1 + x, 1 - y]) * 32).clip(2, 62).astype(int)
+                frame[row - 2 : row + 2, column - 2 : column + 2] = colour
+        return tuple(frames)
 
 
 class SparsePointNav(PointNav):
@@ -261,7 +274,7 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
     return layer
 
 
-def mlp(inputs, hidden_size, outputs, std):
+def make_network(inputs, hidden_size, outputs, std):
     sizes = [(inputs, hidden_size, 2**0.5), (hidden_size, hidden_size, 2**0.5), (hidden_size, outputs, std)]
     layers = [layer for i, o, s in sizes for layer in (layer_init(nn.Linear(i, o), s), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
@@ -282,11 +295,11 @@ class Agent(nn.Module):
         self.register_buffer("box_center", torch.where(bounded, (low + high) / 2, 0.0).flatten())
         self.register_buffer("box_scale", torch.where(bounded, (high - low) / 2, 1.0).flatten())
         # Meta-policy: the start of each task's actor, and the temperature of the actor's step.
-        self.policy = mlp(obs_dim + num_weights, args.hidden_size, self.action_dim, 0.01)
+        self.policy = make_network(obs_dim + num_weights, args.hidden_size, self.action_dim, 0.01)
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.7))
         self.log_temperature = nn.Parameter(torch.tensor(args.temperature).log())
         # Meta-value function: features, prior mean and precision of their weights, discount factor.
-        self.value = mlp(obs_dim, args.hidden_size, self.num_rows * args.num_features, 1.0)
+        self.value = make_network(obs_dim, args.hidden_size, self.num_rows * args.num_features, 1.0)
         self.prior_mean = nn.Parameter(torch.zeros(num_weights))
         self.log_precision = nn.Parameter(torch.zeros(num_weights))
         self.logit_gamma = nn.Parameter(torch.tensor(0.0))
@@ -381,25 +394,34 @@ def adapt(agent, grams, transitions, moments, gamma=None):
     return weights, covariance
 
 
-def actor(agent, obs, features, weights, spread, rounds_left, explore=True):
+def actor(agent, obs, features, weights, spread=None, rounds_left=None):
     """The actor of a task in closed form: the natural policy gradient step pi(a|s) ~ pi_theta(a|s) exp(Q(s, a) / temperature).
 
-    Read off the critic's mean: features X (..., K, W), weights w (..., W); `spread` X C X' (..., K, K) is its covariance.
-    While exploring, Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and log-stds.
-    For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
+    Critic features X (..., K, W) and weights w (..., W). Given the critic's covariance `spread` X C X' (..., K, K), actions
+    are chosen for learning: Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and
+    log-stds. For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
     q = (features @ weights[..., None]).squeeze(-1)  # (..., K)
     start = agent.policy(torch.cat([obs, weights - agent.prior_mean], dim=-1))  # (..., A), pi_theta reads the critic
-    levels = torch.stack([torch.ones_like(rounds_left), (1 + rounds_left).log()], dim=-1)
-    beta, noise = levels @ agent.optimism * explore, levels @ agent.noise * explore  # (...)
-    step = (-agent.log_temperature).exp()
+    bonus, log_noise = torch.zeros_like(q), q.new_zeros(1)
+    if spread is not None:
+        levels = torch.stack([torch.ones_like(rounds_left), (1 + rounds_left).log()], dim=-1)  # (..., 2)
+        beta, log_noise = (levels @ agent.optimism)[..., None], (levels @ agent.noise)[..., None]
+        if agent.discrete:
+            bonus = beta * spread.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
+        else:  # the gradient of sigma where the step starts
+            x = action_rows(agent, start)
+            along = (spread @ x[..., None]).squeeze(-1)  # (..., K)
+            bonus = beta * along / (x * along).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
+    step = (q + bonus) * (-agent.log_temperature).exp()
     if agent.discrete:
-        sigma = spread.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-        return (start + step * (q + beta[..., None] * sigma)) * (-noise[..., None]).exp(), agent.log_std
-    x = action_rows(agent, start)
-    along = (spread @ x[..., None]).squeeze(-1)  # (..., K)
-    sigma = (x * along).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
-    slope = q[..., 1:] + beta[..., None] * along[..., 1:] / sigma
-    return start + step * (2 * agent.log_std).exp() * slope, agent.log_std + noise[..., None]
+        return (start + step) * (-log_noise).exp(), agent.log_std
+    return start + (2 * agent.log_std).exp() * step[..., 1:], agent.log_std + log_noise
+
+
+def expected_rows(agent, obs, features, weights):
+    """E x(a) (..., K) under the actor itself, without exploration: it is this policy whose Q the critic is solved for."""
+    params, _ = actor(agent, obs, features, weights)
+    return action_rows(agent, params.softmax(-1) if agent.discrete else params)
 
 
 def refine(weights, covariance, features, errors):
@@ -428,7 +450,7 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
 
     Without `noise_key` the most probable actions are taken; `exploit` adds a round of one episode without exploration.
     Who has finished the round early waits, masked. Returns a dict of tensors, R rounds of L steps: obs, next_obs
-    (N, R, L, D), actions (N, R, L, ...), rows, next_rows (N, R, L, K), which are the policy's expectation of x(a) there, and
+    (N, R, L, D), actions (N, R, L, ...), rows, next_rows (N, R, L, K), which are the actor's expectation of x(a) there, and
     (N, R, L) each: logprobs, rewards, terminated, dones, masks (1: a real step), episodes (from 0)."""
     like, rounds = agent.prior_mean, []
     envs.set_attr("task", list(tasks))
@@ -436,30 +458,26 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
     for r in range(num_rounds + exploit):
         explore = r < num_rounds
         rounds_left = like.new_full((envs.num_envs,), max(num_rounds - 1 - r, 0))
-        start_weights, covariance = adapt(agent, *sums)
-        weights = start_weights
+        weights, covariance = adapt(agent, *sums)
+        start_weights = weights
         generator = torch_stream(like.device, *noise_key, r) if noise_key and explore else None
         episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=like.device)
         steps, data = [], []
         next_obs, _ = envs.reset(seed=seeds[r])
-
-        def act(obs):
-            features = critic_features(agent, obs)
-            spread = features @ covariance @ features.mT  # noqa: B023
-            params, log_std = actor(agent, obs, features, weights, spread, rounds_left, explore)  # noqa: B023
-            rows = action_rows(agent, params.softmax(-1) if agent.discrete else params)
-            return features, rows, policy_distribution(params, log_std, agent.discrete)
-
         while (episodes < (num_episodes if explore else 1)).any():
             obs = torch.as_tensor(next_obs).to(like)
-            features, rows, policy = act(obs)
+            features = critic_features(agent, obs)
+            spread = features @ covariance @ features.mT if explore else None
+            policy = policy_distribution(*actor(agent, obs, features, weights, spread, rounds_left), agent.discrete)
             actions = sample_actions(policy, generator, shard)
             next_obs, rewards, terminated, truncated = step_envs(envs, agent.to_box(actions))
             after, done = torch.as_tensor(next_obs).to(like), terminated | truncated
             if done.any():
                 next_obs, _ = envs.reset(options={"reset_mask": done})
 
-            next_features, next_rows, _ = act(after)
+            rows = expected_rows(agent, obs, features, weights)
+            next_features = critic_features(agent, after)
+            next_rows = expected_rows(agent, after, next_features, weights)
             masks = (episodes < (num_episodes if explore else 1)).to(like)
             rewards, ends, done = (torch.as_tensor(x, device=like.device) for x in (rewards, terminated, done))
             f = (action_rows(agent, actions)[..., None] * features).sum(-2) * masks[:, None]
@@ -499,7 +517,7 @@ def mean_and_std(x, masks):
 
 
 def taken_features(agent, batch):
-    """f(s, a) of the actions taken and E f(s', a') of the policy that acted (N, R, L, W), zero where there is no step."""
+    """f(s, a) of the actions taken and E f(s', a') of the actor then (N, R, L, W), zero where there is no step."""
     features, next_features = critic_features(agent, batch["obs"]), critic_features(agent, batch["next_obs"])
     taken = (action_rows(agent, batch["actions"])[..., None] * features).sum(-2) * batch["masks"][..., None]
     following = (batch["next_rows"][..., None] * next_features).sum(-2)
@@ -539,7 +557,8 @@ def meta_loss(agent, batch, mb_inds, num_steps, clip_coef):
     mb = {name: x[mb_inds] for name, x in batch.items()}
     features, taken, following = taken_features(agent, mb)
     sums = statistics(taken, following, mb["rewards"])  # (N, R, ...)
-    before = [x.cumsum(1) - x for x in sums]  # of the rounds before: a round never sees itself or what comes after
+    earlier = torch.ones_like(mb["rewards"][0, :, 0]).expand(mb["rewards"].shape[1], -1).tril(-1)  # (R, R)
+    before = [(earlier @ x.flatten(2)).view_as(x) for x in sums]  # a round sees neither itself nor what comes after it
     weights, covariance = adapt(agent, *before)
     targets = mb["rewards"] + agent.logit_gamma.sigmoid() * (following * weights[:, :, None]).sum(-1)
     errors = targets - (taken * weights[:, :, None]).sum(-1)
@@ -563,21 +582,23 @@ def meta_loss(agent, batch, mb_inds, num_steps, clip_coef):
     return [(x * mb["masks"]).sum() / num_steps for x in losses]
 
 
-def trial_returns(batch, num_episodes):
+def returns_by_episode(batch, num_episodes):
     """Sums the rewards of each episode: (E, N)."""
     returns = batch["rewards"].new_zeros(len(batch["rewards"]), num_episodes + 1)
     episodes = batch["episodes"].clamp(max=num_episodes).flatten(1)
     return returns.scatter_add_(1, episodes, (batch["rewards"] * batch["masks"]).flatten(1))[:, :num_episodes].T
 
 
-def evaluate(agent, args, tasks, num_rounds):
+def evaluate(agent, args, tasks, num_rounds, video_dir=None):
     """Plays one trial of each task, always with the same noise, and an episode without exploration: (E + 1, tasks)."""
-    envs = make_envs(args, len(tasks))
+    envs = make_envs(args, len(tasks), film=video_dir is not None)
+    if video_dir is not None:
+        envs = RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: True)
     seeds = stream(args.seed, 0, EVAL).integers(2**31, size=(num_rounds + 1, len(tasks))).tolist()
     with torch.no_grad():
         batch = rollout(agent, envs, tasks, num_rounds, args.episodes_per_round, seeds, (args.seed, 0, ACTIONS), exploit=True)
     envs.close()
-    return trial_returns(batch, num_rounds * args.episodes_per_round + 1)
+    return returns_by_episode(batch, num_rounds * args.episodes_per_round + 1)
 
 
 def print_table(returns):
@@ -618,25 +639,39 @@ def require(args, flags, ok, right):
             fail(f"--{flag.replace('_', '-')} {value}: {right}")
 
 
-def make_envs(args, num_envs, **kwargs):
+def make_envs(args, num_envs, film=False):
     """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync."""
+    kwargs = {"render_mode": "rgb_array"} if film else {}
+    module, _, name = args.env_id.rpartition(":")
     try:
-        spec = gym.spec(args.env_id)
-        entry_point = spec.vector_entry_point or spec.entry_point
-        if spec.vector_entry_point is None:
+        sys.path.append(os.getcwd())  # where a family of your own may lie
+        if module:
+            importlib.import_module(module)
+        entry_point = gym.spec(name).vector_entry_point or gym.spec(name).entry_point
+        if gym.spec(name).vector_entry_point is None:
             kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
-        envs = gym.make_vec(args.env_id, num_envs, **kwargs, **args.env_kwargs)
+        envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
-        names = [name for name in inspect.signature(load_env_creator(entry_point)).parameters if name != "num_envs"]
-        fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names)}")
+        if film and "render_mode" in str(error):
+            fail(f"--capture-video True: {args.env_id} draws no pictures")
+        creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
+        names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
+        fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
     if not hasattr(task_family(envs), "sample_tasks"):
         fail(f"--env-id {args.env_id}: it has no sample_tasks(num_tasks, rng); give a task family")
     if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
         fail(f"--env-id {args.env_id}: observations are {envs.single_observation_space}; give a family with vectors (Box)")
     if not isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box):
         fail(f"--env-id {args.env_id}: actions are {envs.single_action_space}; give a family with Discrete or Box")
+    if film:
+        try:
+            importlib.import_module("moviepy")
+            envs.reset()
+            envs.render()
+        except Exception as error:  # whatever a missing renderer raises
+            fail(f"--capture-video True: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
     return envs
 
 
@@ -763,6 +798,8 @@ if __name__ == "__main__":
     num_episodes = getattr(task_family(envs), "episodes_per_trial", 2 * args.episodes_per_round)
     num_rounds = args.rounds or -(-num_episodes // args.episodes_per_round)
     eval_rounds = args.eval_episodes // args.episodes_per_round or num_rounds
+    if args.capture_video:
+        make_envs(args, 1, film=True).close()  # so that it fails now if at all
     heldout_tasks = task_family(envs).sample_tasks(args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
     train_tasks = task_family(envs).sample_tasks(args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
@@ -790,6 +827,8 @@ if __name__ == "__main__":
         returns = evaluate(agent, args, heldout_tasks, eval_rounds)
         write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=1))
         print_table(returns)
+        if args.capture_video:
+            evaluate(agent, args, heldout_tasks[:4], eval_rounds, run_dir / "videos")
         sys.exit()
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
@@ -853,7 +892,7 @@ if __name__ == "__main__":
             # LOGGING
             steps = int(lengths.sum())
             global_step += steps
-            returns = trial_returns(batch, num_rounds * args.episodes_per_round)
+            returns = returns_by_episode(batch, num_rounds * args.episodes_per_round)
             pre, post = returns[0].mean().item(), returns[-1].mean().item()
             progress.update(steps)
             progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}")
@@ -914,4 +953,6 @@ if __name__ == "__main__":
             print(f"stopped after iteration {iteration}; go on with: {resume_command}")
             sys.exit(128 + stop_signals[0])
         print_table(heldout_returns)
+        if args.capture_video:
+            evaluate(agent, args, heldout_tasks[:4], eval_rounds, run_dir / "videos")
         print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")
