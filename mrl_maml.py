@@ -355,19 +355,19 @@ def linear_values(obs, returns, masks, ridge=1e-5):
 
 
 def critic_values(weights, inner_lr, batch, gamma):
-    """Values (E, T) and last values (E) of one task, by the meta-learned critic after its own inner step on this very batch.
-
-    It learns the discounted returns; what a time limit cut off is worth what the critic says before the step."""
+    """Values (E, T) and last values (E) of one task, by the meta-learned critic after its own inner step on this very batch,
+    and the returns (E, T) that it learns; what a time limit cut off is worth what the critic said before the step."""
     zeros = torch.zeros_like(batch["rewards"])
 
     def values_of(critic):
-        return mlp(critic, "critic", batch["obs"].flatten(0, 1)).view_as(zeros), mlp(critic, "critic", batch["last_obs"])[:, 0]
+        obs = torch.cat([batch["obs"].flatten(0, 1), batch["last_obs"]])  # (E * T + E, D)
+        values, last_values = mlp(critic, "critic", obs).squeeze(-1).div(1 - gamma).split([zeros.numel(), len(zeros)])
+        return values.view_as(zeros), last_values * batch["truncated"]
 
-    returns = compute_gae(batch["rewards"], zeros, values_of(weights)[1] * batch["truncated"], batch["masks"], gamma, 1.0)
+    returns = compute_gae(batch["rewards"], zeros, values_of(weights)[1], batch["masks"], gamma, 1.0)
     critic = {name: w for name, w in weights.items() if name.startswith("critic")}
-    grads = grad(critic_loss)(critic, batch | {"returns": returns})
-    values, last_values = values_of({name: w - inner_lr[name] * grads[name] for name, w in critic.items()})
-    return values, last_values * batch["truncated"], returns
+    grads = grad(critic_loss)(critic, batch | {"returns": returns}, gamma)
+    return *values_of({name: w - inner_lr[name] * grads[name] for name, w in critic.items()}), returns
 
 
 def add_advantages(batch, weights, inner_lr, args):
@@ -402,12 +402,13 @@ def task_policy(weights, obs):
     return policy_distribution(params, weights.get("log_std"), "log_std" not in weights)
 
 
-def critic_loss(weights, batch):
-    """Mean squared error of the critic over one task's batch (E, T); zero where there is no critic."""
+def critic_loss(weights, batch, gamma):
+    """Mean squared error of the critic over one task's batch (E, T), in units of 1 / (1 - gamma), in which it answers; zero
+    where there is no critic."""
     if "critic_w0" not in weights:
         return torch.zeros(())
     values = mlp(weights, "critic", batch["obs"].flatten(0, 1)).view_as(batch["masks"])
-    return 0.5 * ((values - batch["returns"]) ** 2 * batch["masks"]).sum() / batch["masks"].sum()
+    return 0.5 * ((values - (1 - gamma) * batch["returns"]) ** 2 * batch["masks"]).sum() / batch["masks"].sum()
 
 
 def inner_loss(weights, batch, args):
@@ -430,7 +431,7 @@ def inner_loss(weights, batch, args):
         product = logratio.cumsum(-1)  # of the ratios up to and with this action
         surrogate = product.exp() - (product - logratio).exp()
     policy_loss = -(surrogate * batch["advantages"] * masks).sum() / masks.sum()
-    return policy_loss + args.vf_coef * critic_loss(weights, batch)
+    return policy_loss + args.vf_coef * critic_loss(weights, batch, args.gamma)
 
 
 def adapt(weights, inner_lr, batch, args):
@@ -441,15 +442,15 @@ def adapt(weights, inner_lr, batch, args):
     return {name: w - inner_lr[name] * grads[name] for name, w in weights.items()}
 
 
-def clipped_loss(weights, batch, clip_coef):
+def clipped_loss(weights, batch, args):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) for one task. Returns what `meta_loss` does."""
     policy, masks, advantages = task_policy(weights, batch["obs"]), batch["masks"], batch["advantages"]
     logratio = (policy.log_prob(batch["actions"]) - batch["logprobs"]) * masks  # (E, T)
     ratio = logratio.exp()
-    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
-    approx_kl, clipfrac = (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > clip_coef).to(masks.dtype)
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * advantages)
+    approx_kl, clipfrac = (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > args.clip_coef).to(masks.dtype)
     means = [(x * masks).sum() / masks.sum() for x in (policy_loss, policy.entropy(), approx_kl, clipfrac)]
-    return means[0], critic_loss(weights, batch), *means[1:]
+    return means[0], critic_loss(weights, batch, args.gamma), *means[1:]
 
 
 def meta_loss(weights, inner_lr, batches, args):
@@ -460,12 +461,12 @@ def meta_loss(weights, inner_lr, batches, args):
     losses, log_likelihood = [], 0.0
     for step_lr, batch in zip(inner_lr, batches[:-1], strict=True):
         if args.every_step:
-            losses.append(clipped_loss(weights, batch, args.clip_coef))
+            losses.append(clipped_loss(weights, batch, args))
         if args.exploration_credit:
             logprobs = task_policy(weights, batch["obs"]).log_prob(batch["actions"])
             log_likelihood = log_likelihood + (logprobs * batch["masks"]).sum()
         weights = adapt(weights, step_lr, batch, args)
-    losses.append(clipped_loss(weights, batches[-1], args.clip_coef))
+    losses.append(clipped_loss(weights, batches[-1], args))
     policy_loss, *others = (sum(terms) / len(losses) for terms in zip(*losses, strict=True))
     if args.exploration_credit:
         policy_loss = policy_loss - batches[-1]["credit"] * log_likelihood
@@ -687,6 +688,7 @@ if __name__ == "__main__":
     require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
     require(args, "log_std", np.isfinite, "give a finite number")
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
+    require(args, "gamma", lambda x: x < 1 or args.value_function == "linear", "--value-function network needs less than 1")
     require(args, "inner_lr inner_lr_decay vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
     require(args, "inner_lr_learning_rate log_std_learning_rate", lambda x: 0 <= x < np.inf, "give 0 or more")
 
