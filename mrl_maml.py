@@ -21,7 +21,6 @@ Shapes: M tasks of a meta-batch, E episodes a task and step, T steps an episode,
 D observation size, A action size.
 """
 
-import functools
 import importlib
 import inspect
 import io
@@ -379,17 +378,17 @@ def add_advantages(batch, weights, inner_lr, args):
         returns = compute_gae(rewards, torch.zeros_like(rewards), last_values, masks, args.gamma, 1.0)
         values = linear_values(batch["obs"], returns, masks)
     else:
-        fit = vmap(functools.partial(critic_values, gamma=args.gamma), in_dims=(0, None, 0))
-        values, last_values, returns = fit(weights, inner_lr, batch)
+        fit = vmap(critic_values, in_dims=(0, None, 0, None))
+        values, last_values, returns = fit(weights, inner_lr, batch, args.gamma)
     advantages = compute_gae(rewards, values, last_values, masks, args.gamma, args.gae_lambda)
-    mean, std = mean_and_std(advantages, masks)
-    residual_std, returns_std = mean_and_std(returns - values, masks)[1], mean_and_std(returns, masks)[1]
+    mean, std = task_mean_and_std(advantages, masks)
+    residual_std, returns_std = task_mean_and_std(returns - values, masks)[1], task_mean_and_std(returns, masks)[1]
     batch["returns"], batch["advantages"] = returns, (advantages - mean) / (std + 1e-8) * masks
     batch["explained_variance"] = (1 - (residual_std / (returns_std + 1e-8)) ** 2).flatten()
     batch["advantage_std"] = std.flatten()
 
 
-def mean_and_std(x, masks):
+def task_mean_and_std(x, masks):
     """Mean and standard deviation (M, 1, 1) of x (M, E, T) over the real steps of each task."""
     count = masks.sum((1, 2), keepdim=True)
     mean = (x * masks).sum((1, 2), keepdim=True) / count
@@ -485,7 +484,7 @@ def collect(agent, args, envs, tasks, num_steps, seeds, generator, shard=(0, 1))
         add_advantages(batch, weights, inner_lr, args)
         batches.append(batch)
         if step < num_steps:
-            weights = vmap(functools.partial(adapt, args=args), in_dims=(0, None, 0))(weights, inner_lr, batch)
+            weights = vmap(adapt, in_dims=(0, None, 0, None))(weights, inner_lr, batch, args)
     return batches
 
 
@@ -769,8 +768,7 @@ if __name__ == "__main__":
 
             for _ in range(args.update_epochs):
                 inner_lr = [agent.inner_lr_of(step, args.inner_lr_decay) for step in range(args.adapt_steps)]
-                per_task = functools.partial(meta_loss, args=args)
-                losses = vmap(per_task, in_dims=(None, None, 0))(dict(agent.weights), inner_lr, batches)
+                losses = vmap(meta_loss, in_dims=(None, None, 0, None))(dict(agent.weights), inner_lr, batches, args)
                 policy_loss, value_loss, entropy, approx_kl, clipfrac = (x.sum() / args.num_tasks for x in losses)
                 optimizer.zero_grad()
                 (policy_loss + args.vf_coef * value_loss).backward()
