@@ -5,6 +5,7 @@ python tests/benchmark.py evaluate             every trained agent of tests/resu
 python tests/benchmark.py curves runs/A ...    learning curves of finished runs, a picture for each script
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
+python tests/benchmark.py baselines            PointNav from a random start and from one trained on all tasks
 python tests/benchmark.py speed                env steps a second of each script, what MAML's cost grows with, two processes
 """
 
@@ -393,10 +394,12 @@ def evaluate():
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def new_figure(num_panels, height=3.4):
+def new_figure(num_panels, width=4.6, height=3.4, **options):
     matplotlib.use("Agg")
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11})
-    figure, axes = plt.subplots(1, num_panels, figsize=(4.6 * num_panels, height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, num_panels, figsize=(width * num_panels, height), squeeze=False, layout="constrained", **options
+    )
     return figure, axes[0]
 
 
@@ -498,6 +501,65 @@ def adaptation():
     save_figure(figure, "adaptation.png")
 
 
+def trajectories(num_tasks: int = 6, num_episodes: int = 1):
+    """Where maml_point_nav.pt goes in held-out tasks before and after each adaptation step -> trajectories.png"""
+    sys.path.insert(0, str(ROOT))
+    import mrl_maml as maml
+
+    checkpoint = maml.load_checkpoint("--evaluate", RESULTS / "maml_point_nav.pt")
+    args = maml.Args(**checkpoint["args"])
+    envs = maml.make_envs(args, num_tasks * args.num_episodes)
+    agent = maml.Agent(2, envs.single_action_space, args)
+    agent.load_state_dict(checkpoint["agent"])
+    tasks = maml.task_family(envs).sample_tasks(args.eval_tasks, maml.stream(args.seed, 0, maml.HELDOUT_TASKS))[:num_tasks]
+    num_steps = args.eval_adapt_steps
+    seeds = np.arange((num_steps + 1) * envs.num_envs).reshape(num_steps + 1, -1).tolist()
+    generator = maml.torch_stream(torch.device("cpu"), args.seed, 0, maml.ACTIONS)
+    batches = maml.collect(agent, args, envs, tasks, num_steps, seeds, generator)
+    figure, axes = new_figure(num_steps + 1, width=3.1, height=3.8, sharey=True)
+    for k, (axis, batch, returns) in enumerate(zip(axes, batches, maml.episode_returns(batches), strict=True)):
+        for colour, goal, episodes in zip(COLOURS, tasks, batch["obs"], strict=False):
+            for path in episodes[:num_episodes]:  # (T, 2)
+                axis.plot(*path.T, color=colour, linewidth=1, alpha=0.8)
+            axis.plot(*goal, "*", color=colour, markersize=16, markeredgecolor="black", zorder=3)
+        axis.plot(0, 0, "o", color="black", markersize=6, zorder=3, label="start")
+        axis.plot([], [], "*", color="white", markersize=11, markeredgecolor="black", label="hidden goal")
+        title = "before adaptation" if k == 0 else f"after {k} step" + "s" * (k > 1)
+        axis.set(
+            title=f"{title}\nmean return {returns.mean():.1f}",
+            xlim=(-0.75, 0.75),
+            ylim=(-0.75, 0.75),
+            xlabel="x",
+            xticks=(-0.5, 0, 0.5),
+        )
+        axis.set_aspect("equal")
+    axes[0].set_ylabel("y")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save_figure(figure, "trajectories.png")
+
+
+def baselines(timesteps: int = 4_000_000):
+    """PointNav from starts that are not meta-learned, with inner steps at several rates -> maml_baselines.csv"""
+    columns, rows = ("start", "inner_lr", "adaptation", "mean_return", "stderr", "num_tasks"), []
+    still = "--learning-rate 1e-9 --log-std-learning-rate 0 --total-timesteps 1"
+    for start, flags in (("random", still), ("trained on all tasks", f"--total-timesteps {timesteps}")):
+        with tempfile.TemporaryDirectory() as folder:
+            _, run = run_script(f"{folder}/train", "mrl_maml", "--inner-lr", "0", "--no-learn-inner-lr", *flags.split())
+            checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+            for rate in (0.01, 0.03, 0.1, 0.3):
+                for name, value in checkpoint["agent"].items():
+                    if name.startswith("inner_lr"):
+                        value.fill_(rate)
+                torch.save(checkpoint, f"{folder}/start.pt")
+                flags = ("--evaluate", f"{folder}/start.pt", "--inner-lr-decay", "0.5")
+                _, evaluation = run_script(f"{folder}/{rate}", "mrl_maml", *flags)
+                with open(evaluation / "eval.csv", newline="") as file:
+                    own = [(start, rate, *(row[c] for c in columns[2:])) for row in csv.DictReader(file)]
+                rows += own
+                print(start, rate, *(f"{float(row[3]):.2f} ± {float(row[4]):.2f}" for row in own), sep=", ", flush=True)
+    write_csv("maml_baselines.csv", columns, rows)
+
+
 # Speed.
 
 
@@ -519,7 +581,15 @@ def speed_settings(threads):
     maml = "--num-tasks {} --num-episodes {} --adapt-steps {}"
     yield "training", "mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", f"{bandit} {small}", rl2_steps, 1, threads
     yield "training", "mrl_rl2", "Bandit k=5 n=100, GRU 256, 8 epochs", f"{bandit} {large}", rl2_steps // 4, 1, threads
-    yield "training", "mrl_actor_critic", "TabularMDP n=10, 128 trials", "--num-tasks 128", 12_800, 1, threads
+    yield (
+        "training",
+        "mrl_actor_critic",
+        "TabularMDP n=10, 128 trials",
+        "--num-tasks 32 --num-explorations 4",
+        12_800,
+        1,
+        threads,
+    )
     for M, E, K in ((20, 20, 1), (10, 20, 1), (40, 20, 1), (20, 10, 1), (20, 40, 1), (20, 20, 2), (20, 20, 3)):
         setting, table = f"PointNav, {M} tasks, {E} episodes, K={K}", "training" if (M, E, K) == (20, 20, 1) else "MAML's cost"
         yield table, "mrl_maml", setting, maml.format(M, E, K), M * E * (K + 1) * 100, 1, threads
@@ -543,4 +613,6 @@ def speed(threads: int = 2):
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in (players, evaluate, curves, adaptation, speed)})
+    tyro.extras.subcommand_cli_from_dict(
+        {f.__name__: f for f in (players, evaluate, curves, adaptation, trajectories, baselines, speed)}
+    )
