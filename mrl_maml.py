@@ -232,7 +232,8 @@ class Agent(nn.Module):
         if not self.discrete:
             weights["log_std"] = torch.full((1, action_dim), args.log_std)
         self.weights = nn.ParameterDict(weights)
-        rates = {name: torch.full((args.adapt_steps, *w.shape), args.inner_lr) for name, w in weights.items()}
+        decays = args.inner_lr_decay ** torch.arange(args.adapt_steps)
+        rates = {n: (args.inner_lr * decays).view(-1, 1, 1).repeat(1, *w.shape) for n, w in weights.items()}
         self.inner_lr = nn.ParameterDict(rates).requires_grad_(args.learn_inner_lr)
 
     def parameter_groups(self):

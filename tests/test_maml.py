@@ -308,6 +308,18 @@ def test_tasks_at_once_equal_a_loop_over_tasks(env_id, num_steps, inner_loss):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-6)
 
 
+def test_inner_learning_rates_of_each_step():
+    """One for each weight and step of the training; those behind its last fall from the last."""
+    agent = Agent(2, gym.spaces.Discrete(3), replace(Args(), adapt_steps=2, inner_lr=0.5, inner_lr_decay=0.2))
+    for step, expected in enumerate((0.5, 0.1, 0.02, 0.004)):
+        for name, lr in agent.inner_lr_of(step, 0.2).items():
+            torch.testing.assert_close(lr, torch.full_like(agent.weights[name], expected))
+    args = Args()
+    for learned in (True, False):
+        agent = Agent(2, gym.spaces.Discrete(3), replace(args, learn_inner_lr=learned))
+        assert all(lr.requires_grad == learned for lr in agent.inner_lr.values())
+
+
 @pytest.mark.parametrize("env_id", ["PointNav-v0", "MAMLCountdown-v0"])
 def test_batches_do_not_depend_on_the_split_over_processes(env_id):
     whole = play(env_id, 4, 2, num_episodes=3)[2]
@@ -457,7 +469,11 @@ def test_network_values_explain_returns_on_heldout_tasks():
         optimizer.step()
     envs, tasks = make("PointNav-v0", 8, seed=5, **flags)[1::2]
     [batch] = collect(agent, args, envs, tasks, 0, [list(range(32))], torch.Generator().manual_seed(5))
-    assert (batch["explained_variance"] > 0).all(), batch["explained_variance"]
+    assert (batch["explained_variance"] > 0).all()
+    for lr in agent.inner_lr.values():
+        lr.data.zero_()
+    [unadapted] = collect(agent, args, envs, tasks, 0, [list(range(32))], torch.Generator().manual_seed(5))
+    assert unadapted["explained_variance"].mean() < batch["explained_variance"].mean() - 0.02
     last_values = mrl_maml.mlp(agent.weights, "critic", batch["last_obs"].flatten(0, 1)).view(8, 4) / (1 - args.gamma)
     torch.testing.assert_close(batch["returns"][..., -1], batch["rewards"][..., -1] + args.gamma * last_values)
 
