@@ -90,9 +90,9 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3
-    """learning rate of Adam at the start, for the networks"""
+    """learning rate of Adam at the start, for the networks and the critic's discount"""
     prior_learning_rate: float = 5e-2
-    """the same for the single numbers: prior, discount, temperature, action selection"""
+    """the same for the single numbers: prior, temperature, action selection"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
     num_tasks: int = 32
@@ -131,7 +131,7 @@ class Args:
     """clipping of the probability ratio"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.1
     """weight of the critic's prediction error"""
     max_grad_norm: float = 0.5
     """the meta-gradient is scaled down to this norm"""
@@ -424,12 +424,12 @@ def expected_rows(agent, obs, features, weights):
     return action_rows(agent, params.softmax(-1) if agent.discrete else params)
 
 
-def refine(weights, covariance, features, errors):
-    """The same regression after one more step: f (..., W) and its TD error (...), a Kalman update of rank one."""
-    gain = (covariance @ features[..., None]).squeeze(-1)
-    scale = 1 + (features * gain).sum(-1, keepdim=True)
-    weights = weights + gain / scale * errors[..., None]
-    return weights, covariance - (gain / scale)[..., :, None] * gain[..., None, :]
+def refine(weights, features, gains, errors):
+    """The same regression after one more step: f (..., W), C f (..., W) and the TD error (...), a Kalman update of rank one.
+
+    Returns the weights and v (..., W): the covariance is C - v v' now."""
+    scale = 1 + (features * gains).sum(-1, keepdim=True)
+    return weights + gains / scale * errors[..., None], gains / scale.sqrt()
 
 
 def refine_path(weights, covariance, features, errors):
@@ -459,7 +459,7 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
         explore = r < num_rounds
         rounds_left = like.new_full((envs.num_envs,), max(num_rounds - 1 - r, 0))
         weights, covariance = adapt(agent, *sums)
-        start_weights = weights
+        start_weights, innovations = weights, covariance[:, :0]  # (N, steps so far, W): the covariance is C - V'V now
         generator = torch_stream(like.device, *noise_key, r) if noise_key and explore else None
         episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=like.device)
         steps, data = [], []
@@ -467,7 +467,8 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
         while (episodes < (num_episodes if explore else 1)).any():
             obs = torch.as_tensor(next_obs).to(like)
             features = critic_features(agent, obs)
-            spread = features @ covariance @ features.mT if explore else None
+            products, seen = features @ covariance, features @ innovations.mT
+            spread = products @ features.mT - seen @ seen.mT if explore else None
             policy = policy_distribution(*actor(agent, obs, features, weights, spread, rounds_left), agent.discrete)
             actions = sample_actions(policy, generator, shard)
             next_obs, rewards, terminated, truncated = step_envs(envs, agent.to_box(actions))
@@ -480,11 +481,13 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
             next_rows = expected_rows(agent, after, next_features, weights)
             masks = (episodes < (num_episodes if explore else 1)).to(like)
             rewards, ends, done = (torch.as_tensor(x, device=like.device) for x in (rewards, terminated, done))
-            f = (action_rows(agent, actions)[..., None] * features).sum(-2) * masks[:, None]
+            taken = action_rows(agent, actions)[:, None] * masks[:, None, None]  # (N, 1, K)
+            f, gains = (taken @ features)[:, 0], (taken @ products - taken @ seen @ innovations)[:, 0]
             f_next = (next_rows[..., None] * next_features).sum(-2) * (masks * ~ends)[:, None]
             rewards = rewards.to(like) * masks
             target = rewards + agent.logit_gamma.sigmoid() * (f_next * start_weights).sum(-1)
-            weights, covariance = refine(weights, covariance, f, target - (f * weights).sum(-1))
+            weights, v = refine(weights, f, gains, target - (f * weights).sum(-1))
+            innovations = torch.cat([innovations, v[:, None]], dim=1)
             data.append((f, f_next, rewards))
             step = obs, after, actions, rows, next_rows, policy.log_prob(actions), rewards, ends, done, masks
             steps.append((*step, r * num_episodes + episodes))
@@ -803,7 +806,7 @@ if __name__ == "__main__":
     heldout_tasks = task_family(envs).sample_tasks(args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
     train_tasks = task_family(envs).sample_tasks(args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
-    networks = [*agent.policy.parameters(), *agent.value.parameters()]
+    networks = [*agent.policy.parameters(), *agent.value.parameters(), agent.logit_gamma]  # all that learns slowly
     others = [parameter for parameter in agent.parameters() if not any(parameter is p for p in networks)]
     learning_rates = args.learning_rate, args.prior_learning_rate
     groups = [{"params": p, "lr": lr} for p, lr in zip((networks, others), learning_rates, strict=True)]

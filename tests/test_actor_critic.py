@@ -118,7 +118,9 @@ def test_refining_step_by_step_is_the_solve():
             torch.testing.assert_close(path[:, t], weights)
             seen = innovations[:, :t]
             torch.testing.assert_close(covariance - seen.mT @ seen, left)
-            weights, left = refine(weights, left, new[:, t], r_new[:, t] - (new[:, t] * weights).sum(-1))
+            gains, errors = (left @ new[:, t, :, None]).squeeze(-1), r_new[:, t] - (new[:, t] * weights).sum(-1)
+            weights, v = refine(weights, new[:, t], gains, errors)
+            left = left - v[..., None] * v[:, None]
     torch.testing.assert_close(weights, exact)
     torch.testing.assert_close(left, exact_covariance)
 
@@ -235,8 +237,8 @@ def test_optimism_is_the_critics_deviation(discrete):
             return (x @ spread[0] @ x).sqrt()
 
         slope = (sigma(start + 1e-5) - sigma(start - 1e-5)) / 2e-5
-        expected = (2 * log_std).exp() * beta * slope / temperature
-        torch.testing.assert_close((bold - plain)[0], expected[0], rtol=1e-6, atol=1e-9)
+        expected = ((2 * log_std).exp() * beta * slope / temperature).flatten()
+        torch.testing.assert_close((bold - plain)[0], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_round_never_sees_later_rounds():
