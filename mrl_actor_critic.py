@@ -90,9 +90,9 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3
-    """learning rate of Adam at the start, for the networks and the critic's discount"""
-    prior_learning_rate: float = 5e-2
-    """the same for the single numbers: prior, temperature, action selection"""
+    """learning rate of Adam at the start, for the networks and all that is not below"""
+    numbers_learning_rate: float = 5e-2
+    """the same for single numbers: level of the prior, temperature, action selection"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
     num_tasks: int = 32
@@ -302,6 +302,9 @@ class Agent(nn.Module):
         self.value = make_network(obs_dim, args.hidden_size, self.num_rows * args.num_features, 1.0)
         self.prior_mean = nn.Parameter(torch.zeros(num_weights))
         self.log_precision = nn.Parameter(torch.zeros(num_weights))
+        self.prior_level = nn.Parameter(torch.zeros(2))  # of Q before any data, and of all log-precisions
+        num_level = num_known if self.discrete else 1  # Q is at this level where one-hot observations or the constant are
+        self.register_buffer("is_level", (torch.arange(num_weights) < num_level).to(self.prior_mean.dtype))
         self.logit_gamma = nn.Parameter(torch.tensor(0.0))
         # Meta action selection: optimism and noise, each a + b log(1 + rounds left).
         self.optimism = nn.Parameter(torch.zeros(2))
@@ -312,6 +315,10 @@ class Agent(nn.Module):
             for name, parameter in self.named_parameters():
                 if name.startswith(tuple(names.split())):
                     parameter.requires_grad_(learned)
+
+    def prior(self):
+        """Mean and precision (W,) of the critic's weights before any data of a task."""
+        return self.prior_mean + self.prior_level[0] * self.is_level, (self.log_precision + self.prior_level[1]).exp()
 
     def to_box(self, actions):
         return actions if self.discrete else self.box_center + self.box_scale * actions
@@ -387,9 +394,9 @@ def adapt(agent, grams, transitions, moments, gamma=None):
     Q(s, a) = r + gamma E Q(s', a') with prior mean w_0 and prior precision P (diagonal). Returns the weights w (..., W) and
     their covariance C = (F'F + P)^-1 (..., W, W), in units of the reward's noise; all tasks in one batch."""
     gamma = agent.logit_gamma.sigmoid() if gamma is None else gamma
-    precision = agent.log_precision.exp()
+    mean, precision = agent.prior()
     prior = torch.diag(precision)
-    weights = torch.linalg.solve_ex(grams - gamma * transitions + prior, moments + precision * agent.prior_mean)[0]
+    weights = torch.linalg.solve_ex(grams - gamma * transitions + prior, moments + precision * mean)[0]
     covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(grams + prior)[0])
     return weights, covariance
 
@@ -401,7 +408,7 @@ def actor(agent, obs, features, weights, spread=None, rounds_left=None):
     are chosen for learning: Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and
     log-stds. For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
     q = (features @ weights[..., None]).squeeze(-1)  # (..., K)
-    start = agent.policy(torch.cat([obs, weights - agent.prior_mean], dim=-1))  # (..., A), pi_theta reads the critic
+    start = agent.policy(torch.cat([obs, weights - agent.prior()[0]], dim=-1))  # (..., A), pi_theta reads the critic
     bonus, log_noise = torch.zeros_like(q), q.new_zeros(1)
     if spread is not None:
         levels = torch.stack([torch.ones_like(rounds_left), (1 + rounds_left).log()], dim=-1)  # (..., 2)
@@ -782,7 +789,7 @@ if __name__ == "__main__":
     require(args, "eval_episodes", lambda x: x % args.episodes_per_round == 0, "give a multiple of --episodes-per-round")
     require(
         args,
-        "learning_rate prior_learning_rate temperature clip_coef max_grad_norm",
+        "learning_rate numbers_learning_rate temperature clip_coef max_grad_norm",
         lambda x: 0 < x < np.inf,
         "give a number above 0",
     )
@@ -806,10 +813,10 @@ if __name__ == "__main__":
     heldout_tasks = task_family(envs).sample_tasks(args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
     train_tasks = task_family(envs).sample_tasks(args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
-    networks = [*agent.policy.parameters(), *agent.value.parameters(), agent.logit_gamma]  # all that learns slowly
-    others = [parameter for parameter in agent.parameters() if not any(parameter is p for p in networks)]
-    learning_rates = args.learning_rate, args.prior_learning_rate
-    groups = [{"params": p, "lr": lr} for p, lr in zip((networks, others), learning_rates, strict=True)]
+    numbers = [agent.prior_level, agent.log_std, agent.log_temperature, agent.optimism, agent.noise]
+    others = [parameter for parameter in agent.parameters() if not any(parameter is p for p in numbers)]
+    learning_rates = args.learning_rate, args.numbers_learning_rate
+    groups = [{"params": p, "lr": lr} for p, lr in zip((others, numbers), learning_rates, strict=True)]
     optimizer = torch.optim.Adam(groups, eps=1e-5)
     iteration, global_step, eval_rows = 0, 0, []
     if path:
