@@ -59,7 +59,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 12_000_000
+    total_timesteps: int = 6_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -83,7 +83,7 @@ class Args:
     """learning rate of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
-    num_tasks: int = 1024
+    num_tasks: int = 256
     """tasks of a meta-batch, M: one trial each"""
     episodes_per_trial: int = 0
     """episodes of a trial, E (0: as the task family says, or 2 where it says nothing)"""
