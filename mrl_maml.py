@@ -108,15 +108,17 @@ class Args:
     first_order: bool = False
     """leave out the second derivatives, for comparison"""
     every_step: bool = False
-    """judge the policy before each step too, not only after the last one"""
+    """judge the policy after each step, not only after the last one"""
     value_function: Literal["linear", "network"] = "linear"
     """of the inner learner: a least-squares fit in each task, or a meta-learned network adapted by the inner step"""
     hidden_size: int = 64
     """units of the two tanh layers"""
-    log_std: float = -2.0
+    log_std: float = -1.7
     """log standard deviation of continuous actions at the start"""
+    log_std_shift: float = -0.4
+    """what each inner step adds to it, at the start; learned with the inner learning rates"""
     log_std_learning_rate: float = 1e-2
-    """learning rate of Adam for it, at the start"""
+    """learning rate of Adam for these two, at the start"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.97
@@ -235,17 +237,22 @@ class Agent(nn.Module):
         decays = args.inner_lr_decay ** torch.arange(args.adapt_steps)
         rates = {n: (args.inner_lr * decays).view(-1, 1, 1).repeat(1, *w.shape) for n, w in weights.items()}
         self.inner_lr = nn.ParameterDict(rates).requires_grad_(args.learn_inner_lr)
+        if not self.discrete:
+            shift = torch.full((args.adapt_steps, 1, action_dim), args.log_std_shift)
+            self.log_std_shift = nn.Parameter(shift, requires_grad=args.learn_inner_lr)
 
     def parameter_groups(self):
         """For the optimizer: weights, inner learning rates, log-std."""
-        log_std = [w for name, w in self.weights.items() if name == "log_std"]
-        others = [w for name, w in self.weights.items() if name != "log_std"]
-        return [{"params": others}, {"params": list(self.inner_lr.parameters())}, {"params": log_std}]
+        weights, rates = dict(self.weights), list(self.inner_lr.parameters())
+        noise = [] if self.discrete else [weights.pop("log_std"), self.log_std_shift]
+        return [{"params": list(weights.values())}, {"params": rates}, {"params": noise}]
 
     def inner_lr_of(self, step, decay):
-        """The rates of an adaptation step; a step beyond those of the training takes the last one's, times `decay` each."""
-        last = next(iter(self.inner_lr.values())).shape[0] - 1
-        return {name: lr[min(step, last)] * decay ** max(0, step - last) for name, lr in self.inner_lr.items()}
+        """Rates of an adaptation step, and its shift of log-std; steps behind the last of the training take the last one's,
+        times `decay` each."""
+        rates = dict(self.inner_lr) | ({} if self.discrete else {"log_std_shift": self.log_std_shift})
+        last = len(rates["actor_w0"]) - 1
+        return {name: lr[min(step, last)] * decay ** max(0, step - last) for name, lr in rates.items()}
 
 
 def mlp(weights, head, x):
@@ -301,7 +308,7 @@ def rollout(envs, weights, tasks, num_episodes, seeds, generator, shard=(0, 1)):
     M, E, discrete = len(tasks), num_episodes, "log_std" not in weights
     like = weights["actor_w0"]
     log_std = None if discrete else weights["log_std"].transpose(0, 1).expand(E, M, -1).flatten(0, 1)  # (N, A)
-    storage = {name: [] for name in ("obs", "actions", "logprobs", "rewards", "masks")}
+    storage = {name: [] for name in ("obs", "actions", "params", "rewards", "masks")}
     envs.unwrapped.set_attr("task", list(tasks) * E)
     next_obs, _ = envs.reset(seed=seeds)
     running, cut, last_obs = np.ones(M * E, dtype=bool), np.zeros(M * E, dtype=bool), np.array(next_obs)
@@ -309,10 +316,10 @@ def rollout(envs, weights, tasks, num_episodes, seeds, generator, shard=(0, 1)):
         while running.any():
             obs = torch.as_tensor(next_obs, dtype=like.dtype, device=like.device)  # (N, D)
             params = mlp(weights, "actor", obs.view(E, M, -1).transpose(0, 1))  # (M, E, A)
-            policy = policy_distribution(params.transpose(0, 1).flatten(0, 1), log_std, discrete)
-            actions = sample_actions(policy, generator, shard)
+            policy_params = params.transpose(0, 1).flatten(0, 1)  # (N, A)
+            actions = sample_actions(policy_distribution(policy_params, log_std, discrete), generator, shard)
             next_obs, rewards, terminated, truncated = step_envs(envs, actions)
-            step = (obs, actions, policy.log_prob(actions), torch.as_tensor(rewards * running), torch.tensor(running))
+            step = (obs, actions, policy_params, torch.as_tensor(rewards * running), torch.tensor(running))
             for column, value in zip(storage.values(), step, strict=True):
                 column.append(value)
             ended = running & (terminated | truncated)
@@ -320,10 +327,14 @@ def rollout(envs, weights, tasks, num_episodes, seeds, generator, shard=(0, 1)):
             running &= ~ended
             if (terminated | truncated).any() and running.any():
                 next_obs, _ = envs.reset(options={"reset_mask": terminated | truncated})
-    batch = {name: torch.stack(column).unflatten(1, (E, M)).movedim((2, 1), (0, 1)) for name, column in storage.items()}
+    storage = {name: torch.stack(column) for name, column in storage.items()}  # (T, N, ...)
+    policy = policy_distribution(storage.pop("params"), log_std, discrete)
+    storage["logprobs"] = policy.log_prob(storage["actions"])
+    batch = {name: x.unflatten(1, (E, M)).movedim((2, 1), (0, 1)) for name, x in storage.items()}
     batch |= {"last_obs": torch.as_tensor(last_obs).unflatten(0, (E, M)).transpose(0, 1)}
     batch |= {"truncated": torch.as_tensor(cut).unflatten(0, (E, M)).transpose(0, 1)}
-    return {name: x.to(like.device, None if name == "actions" and discrete else like.dtype) for name, x in batch.items()}
+    dtypes = {name: None if name == "actions" and discrete else like.dtype for name in batch}
+    return {name: x.to(like.device, dtypes[name]).contiguous() for name, x in batch.items()}
 
 
 def compute_gae(rewards, values, last_values, masks, gamma, gae_lambda):
@@ -435,11 +446,15 @@ def inner_loss(weights, batch, args):
 
 
 def adapt(weights, inner_lr, batch, args):
-    """One inner step for one task: its weights, moved against the gradient of the inner loss."""
+    """One inner step for one task: its weights, moved against the gradient of the inner loss. What a task has explored, the
+    learner need not explore again, so that log-std is moved by a learned constant too."""
     grads = grad(inner_loss)(weights, batch, args)
     if args.first_order:
         grads = {name: g.detach() for name, g in grads.items()}
-    return {name: w - inner_lr[name] * grads[name] for name, w in weights.items()}
+    adapted = {name: w - inner_lr[name] * grads[name] for name, w in weights.items()}
+    if "log_std" in weights:
+        adapted["log_std"] = adapted["log_std"] + inner_lr["log_std_shift"]
+    return adapted
 
 
 def clipped_loss(weights, batch, args):
@@ -454,19 +469,19 @@ def clipped_loss(weights, batch, args):
 
 
 def meta_loss(weights, inner_lr, batches, args):
-    """Losses of one task as functions of the start: adapt on each batch but the last, judge on the last, or on all of them.
+    """Losses of one task as functions of the start: adapt on each batch but the last, judge on the last, or, with
+    `--every-step`, on each but the first.
 
     `inner_lr`: the rates of each step. With `--exploration-credit` the log-probability of what was drawn before the last
     batch is in the policy loss, times what came of it. Returns policy_loss, value_loss, entropy, approx_kl and clipfrac."""
     losses, log_likelihood = [], 0.0
-    for step_lr, batch in zip(inner_lr, batches[:-1], strict=True):
-        if args.every_step:
-            losses.append(clipped_loss(weights, batch, args))
+    for step_lr, batch, next_batch in zip(inner_lr, batches[:-1], batches[1:], strict=True):
         if args.exploration_credit:
             logprobs = task_policy(weights, batch["obs"]).log_prob(batch["actions"])
             log_likelihood = log_likelihood + (logprobs * batch["masks"]).sum()
         weights = adapt(weights, step_lr, batch, args)
-    losses.append(clipped_loss(weights, batches[-1], args))
+        if args.every_step or next_batch is batches[-1]:
+            losses.append(clipped_loss(weights, next_batch, args))
     policy_loss, *others = (sum(terms) / len(losses) for terms in zip(*losses, strict=True))
     if args.exploration_credit:
         policy_loss = policy_loss - batches[-1]["credit"] * log_likelihood
@@ -686,7 +701,7 @@ if __name__ == "__main__":
     require(args, "hidden_size num_episodes update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "adapt_steps eval_adapt_steps", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
-    require(args, "log_std", np.isfinite, "give a finite number")
+    require(args, "log_std log_std_shift", np.isfinite, "give a finite number")
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
     require(args, "gamma", lambda x: x < 1 or args.value_function == "linear", "--value-function network needs less than 1")
     require(args, "inner_lr inner_lr_decay vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
