@@ -2,7 +2,7 @@
 
 python tests/benchmark.py players              reference players: classical algorithms and exact optima, in numpy
 python tests/benchmark.py evaluate             every trained agent of tests/results on held-out tasks, beside the players
-python tests/benchmark.py curves runs/A ...    learning curves of finished runs, a picture for each script
+python tests/benchmark.py curves               learning curves of their trainings, a picture for each script
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
 python tests/benchmark.py baselines            PointNav from a random start and from one trained on all tasks
@@ -41,8 +41,8 @@ def write_csv(name, columns, rows):
         writer.writerows(rows)
 
 
-def read_csv(name):
-    with open(RESULTS / name, newline="") as file:
+def read_csv(path):
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -370,15 +370,14 @@ def evaluate():
         with tempfile.TemporaryDirectory() as runs_dir:
             script = "mrl_" + re.match("rl2|maml|actor_critic", name)[0]
             printed, run = run_script(runs_dir, script, "--evaluate", str(path), *flags.split())
-            with open(run / "eval.csv", newline="") as file:
-                own = [(name, *(row[column] for column in columns[1:])) for row in csv.DictReader(file)]
+            own = [(name, *(row[column] for column in columns[1:])) for row in read_csv(run / "eval.csv")]
         if total := re.search(r"whole trial +(\S+) ± (\S+)", printed):
             own.append((name, own[0][1], "trial", *total.groups(), own[0][5]))
             learned[task].append((f"**{name}**", *own[-1][3:]))
         rows += own
         print(f"\n{name}: {printed.strip()}", flush=True)
     write_csv("evaluations.csv", columns, rows)
-    players = read_csv("players.csv")
+    players = read_csv(RESULTS / "players.csv")
     for task, entries in learned.items():
         entries += [(p["player"], p["mean_return"], p["stderr"], p["num_tasks"]) for p in players if p["task"] == task]
         entries += [(name, value, "", "") for name, value in PUBLISHED.get(task, ())]
@@ -433,57 +432,54 @@ LINES = {
 }
 
 
-def curves(runs: tyro.conf.Positional[tuple[Path, ...]]):
-    """Held-out return against env steps of finished runs -> curves_<script>.png and .csv"""
-    panels = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        with open(run / "eval.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == "heldout"]
-        panels[saved["script"]][task_name(saved["args"])].append((saved["args"]["seed"], rows))
-    players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv("players.csv")}
-    columns = ("task", "seed", "global_step", "adaptation", "mean_return", "stderr", "num_tasks")
+def curves(checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()):
+    """Held-out return against env steps, from tests/results/*.pt or other checkpoints -> curves_<script>.png, .csv"""
+    panels = defaultdict(lambda: defaultdict(dict))  # script -> task -> seed -> rows of eval.csv
+    for path in checkpoints or sorted(RESULTS.glob("*.pt")):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        rows = [row for row in saved["eval_rows"] if row[1] == "heldout"]
+        panels[saved["script"]][task_name(saved["args"])][saved["args"]["seed"]] = rows
+    players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv(RESULTS / "players.csv")}
     for script, tasks in panels.items():
+        maml = script == "mrl_maml"
         figure, axes = new_figure(len(tasks))
         for axis, (task, seeds) in zip(axes, tasks.items(), strict=True):
-            for seed, rows in seeds:
-                curve = defaultdict(lambda: defaultdict(float))  # adaptation, or whole trial -> env steps -> return
-                last = max(int(row["adaptation"]) for row in rows)
-                for row in rows:
-                    k, step = int(row["adaptation"]), int(row["global_step"]) / 1e6
-                    if script == "mrl_maml":
-                        curve[f"after {k} step" + "s" * (k != 1)][step] = float(row["mean_return"])
-                    elif script == "mrl_rl2" or k < last:  # the actor-critic's last row comes after the trial
-                        curve[f"seed {seed}"][step] += float(row["mean_return"])
-                first = seed == seeds[0][0] or script != "mrl_maml"
-                for i, (label, points) in enumerate(curve.items()):
-                    colour = COLOURS[i if script == "mrl_maml" else [s for s, _ in seeds].index(seed)]
-                    axis.plot(points.keys(), points.values(), color=colour, label=label if first else None)
+            for i, (seed, rows) in enumerate(seeds.items()):
+                curve = defaultdict(lambda: defaultdict(float))  # adaptation step, or the whole trial -> env steps -> return
+                episodes = max(row[2] for row in rows) - (script == "mrl_actor_critic")  # whose last row is after the trial
+                for step, _, k, mean, *_ in rows:
+                    if maml or k <= episodes:
+                        curve[f"after {k} step" + "s" * (k != 1) if maml else f"seed {seed}"][step / 1e6] += mean
+                for j, (label, points) in enumerate(curve.items()):
+                    colour = COLOURS[j if maml else i]
+                    axis.plot(points.keys(), points.values(), color=colour, label=None if maml and i else label)
             for player, label in LINES.get(task, {}).items():
-                if script != "mrl_maml" or "MDP" not in task:  # MAML's returns are those of an episode
-                    reference_line(axis, players[task, player], label)
+                if not maml or task == "PointNav":
+                    scale = episodes if not maml and task.endswith("PointNav") else 1  # those players are of one episode
+                    reference_line(axis, players[task, player] * scale, label)
             axis.set(title=task, xlabel="environment steps (millions)", xlim=(0, None))
             axis.legend(frameon=False, fontsize=8)
-        axes[0].set_ylabel("return of an episode, held-out" if script == "mrl_maml" else "return of a trial, held-out")
+        axes[0].set_ylabel("return of an episode, held-out" if maml else "return of a trial, held-out")
         save_figure(figure, f"curves_{script}.png")
-        flat = [(t, s, *(row[c] for c in columns[2:])) for t, seeds in tasks.items() for s, rows in seeds for row in rows]
-        write_csv(f"curves_{script}.csv", columns, flat)
+        columns = ("task", "seed", "global_step", "split", "adaptation", "mean_return", "stderr", "num_tasks")
+        write_csv(f"curves_{script}.csv", columns, [(t, s, *r) for t in tasks for s in tasks[t] for r in tasks[t][s]])
 
 
 def adaptation():
     """Return of each episode of a trial by the trained agents -> adaptation.png"""
     agents, names = defaultdict(list), {"rl2": "RL²", "actor_critic": "meta actor-critic"}
-    for row in read_csv("evaluations.csv"):
+    for row in read_csv(RESULTS / "evaluations.csv"):
         if row["adaptation"] != "trial":
             agents[row["agent"]].append((int(row["adaptation"]), float(row["mean_return"]), float(row["stderr"])))
-    players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv("players.csv")}
+    players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv(RESULTS / "players.csv")}
     first, later = players["GridNavi, episode 1", "Bayes-optimal"], players["GridNavi, later episodes", "known goal"]
     known = players["TabularMDP n=10", "known MDP"] / 10
     panels = {"GridNavi": ("rl2_grid_navi",), "TabularMDP": ("rl2_tabular_mdp_n10", "actor_critic_tabular_mdp")}
     panels["TabularMDP, ten times the trained length"] = tuple(f"{name} at n=100" for name in panels["TabularMDP"])
+    panels = {title: shown for title, wanted in panels.items() if (shown := [name for name in wanted if name in agents])}
     figure, axes = new_figure(len(panels))
     for axis, (title, shown) in zip(axes, panels.items(), strict=True):
-        for name in (name for name in shown if name in agents):
+        for name in shown:
             colour, label = next((COLOURS[i], names[key]) for i, key in enumerate(names) if name.startswith(key))
             episode, mean, error = np.array([row for row in agents[name] if row[0] <= (100 if "n=100" in name else 10)]).T
             axis.plot(episode, mean, "o-" if len(episode) < 20 else "-", color=colour, label=label, markersize=4)
@@ -553,11 +549,11 @@ def baselines(timesteps: int = 4_000_000):
                 torch.save(checkpoint, f"{folder}/start.pt")
                 flags = ("--evaluate", f"{folder}/start.pt", "--inner-lr-decay", "0.5")
                 _, evaluation = run_script(f"{folder}/{rate}", "mrl_maml", *flags)
-                with open(evaluation / "eval.csv", newline="") as file:
-                    own = [(start, rate, *(row[c] for c in columns[2:])) for row in csv.DictReader(file)]
+                own = [(start, rate, *(row[c] for c in columns[2:])) for row in read_csv(evaluation / "eval.csv")]
                 rows += own
                 print(start, rate, *(f"{float(row[3]):.2f} ± {float(row[4]):.2f}" for row in own), sep=", ", flush=True)
     write_csv("maml_baselines.csv", columns, rows)
+    print_table(columns, rows)
 
 
 # Speed.
@@ -574,39 +570,28 @@ def measure(script, flags, steps_per_iteration, processes, threads, warm_up=5, i
     return [statistics.median(event.value for event in events.Scalars(tag)[warm_up:]) for tag in tags]
 
 
-def speed_settings(threads):
-    """(table, script, setting, flags, env steps of an iteration, processes, threads)"""
-    bandit, rl2_steps = "--env-id Bandit-v0 --env-kwargs k 5 n 100", 102_400
-    small, large = "--hidden-size 64 --update-epochs 3", "--hidden-size 256 --update-epochs 8 --num-tasks 256"
-    maml = "--num-tasks {} --num-episodes {} --adapt-steps {}"
-    yield "training", "mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", f"{bandit} {small}", rl2_steps, 1, threads
-    yield "training", "mrl_rl2", "Bandit k=5 n=100, GRU 256, 8 epochs", f"{bandit} {large}", rl2_steps // 4, 1, threads
-    yield (
-        "training",
-        "mrl_actor_critic",
-        "TabularMDP n=10, 128 trials",
-        "--num-tasks 32 --num-explorations 4",
-        12_800,
-        1,
-        threads,
-    )
-    for M, E, K in ((20, 20, 1), (10, 20, 1), (40, 20, 1), (20, 10, 1), (20, 40, 1), (20, 20, 2), (20, 20, 3)):
-        setting, table = f"PointNav, {M} tasks, {E} episodes, K={K}", "training" if (M, E, K) == (20, 20, 1) else "MAML's cost"
-        yield table, "mrl_maml", setting, maml.format(M, E, K), M * E * (K + 1) * 100, 1, threads
-    for processes in (1, 2):
-        yield "processes", "mrl_maml", "PointNav, 20 tasks, 20 episodes, K=1", maml.format(20, 20, 1), 80_000, processes, 1
-        yield "processes", "mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", f"{bandit} {small}", rl2_steps, processes, 1
+BANDIT, MAML = "--env-id Bandit-v0 --env-kwargs k 5 n 100 ", "--num-tasks {} --num-episodes {} --adapt-steps {}"
+MAML_SIZES = ((20, 20, 1), (10, 20, 1), (40, 20, 1), (20, 10, 1), (20, 40, 1), (20, 20, 2), (20, 20, 3))  # M, E, K
+SPEEDS = (  # script, setting, flags, env steps of an iteration
+    ("mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", BANDIT + "--hidden-size 64 --update-epochs 3", 102_400),
+    ("mrl_rl2", "Bandit, GRU 256, 8 epochs", BANDIT + "--hidden-size 256 --update-epochs 8 --num-tasks 256", 25_600),
+    ("mrl_actor_critic", "TabularMDP n=10, 128 trials", "--num-tasks 32 --num-explorations 4", 12_800),
+    *(
+        ("mrl_maml", f"PointNav, {M} tasks, {E} episodes, K={K}", MAML.format(M, E, K), M * E * (K + 1) * 100)
+        for M, E, K in MAML_SIZES
+    ),
+)
 
 
 def speed(threads: int = 2):
     """Training speed of each script, what MAML's cost grows with, one and two processes -> speed.csv"""
-    columns = ["table", "script", "setting", "processes", "threads", "env_steps_per_second", "rollout_s", "update_s"]
+    columns = ["script", "setting", "processes", "threads", "env_steps_per_second", "rollout_s", "update_s"]
+    settings = [(*setting, 1, threads) for setting in SPEEDS]
+    settings += [(*setting, processes, 1) for setting in (SPEEDS[0], SPEEDS[3]) for processes in (1, 2)]
     rows = []
-    for table, script, setting, flags, steps, processes, own_threads in speed_settings(threads):
-        if not (ROOT / f"{script}.py").exists():
-            continue
+    for script, setting, flags, steps, processes, own_threads in settings:
         sps, rollout, update = measure(script, flags, steps, processes, own_threads)
-        rows.append((table, script, setting, processes, own_threads, f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}"))
+        rows.append((script, setting, processes, own_threads, f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}"))
         print(*rows[-1], f"load average {os.getloadavg()[0]:.1f}", sep=", ", flush=True)
     write_csv("speed.csv", columns, rows)
     print_table(columns, rows)
