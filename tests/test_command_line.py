@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -29,9 +30,10 @@ both = pytest.mark.parametrize("script", list(SMALL))
 torch.set_num_threads(1)  # children are forked, so no thread pool may exist before
 
 
-def child(script, argv, folder):
+def child(script, argv, folder, file_size):
     """Runs the script as `python script argv` in `folder` does, inside a forked process, which saves importing torch."""
     os.chdir(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = [f"{script}.py", *argv]
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
@@ -40,9 +42,9 @@ def child(script, argv, folder):
     code = 0
     try:
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else (end.code is not None and print(end.code, file=sys.stderr) or 0) or 0
-        code = 1 if isinstance(end.code, str) else code
+    except SystemExit as end:  # as the interpreter treats it: a text is printed, and means 1
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print(end.code if isinstance(end.code, str) else "", end="", file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
@@ -51,15 +53,15 @@ def child(script, argv, folder):
     os._exit(code)
 
 
-def start(script, argv, folder):
-    process = multiprocessing.get_context("fork").Process(target=child, args=(script, argv.split(), folder))
+def start(script, argv, folder, file_size=resource.RLIM_INFINITY):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(script, argv.split(), folder, file_size))
     process.start()
     return process
 
 
-def run(script, argv, folder):
-    """Exit code, stdout and stderr of a run."""
-    process = start(script, argv, folder)
+def run(script, argv, folder, file_size=resource.RLIM_INFINITY):
+    """Exit code, stdout and stderr of a run, which may write files of some size only."""
+    process = start(script, argv, folder, file_size)
     process.join()
     return process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
@@ -163,12 +165,9 @@ def test_killed_at_random_twenty_times(script, tmp_path):
         kills += 1
         if runs():
             torch.load(runs()[0], weights_only=True)
-            rows = (
-                [tuple(line.split(",")[:3]) for line in (runs()[0].parent / "eval.csv").read_text().splitlines()]
-                if (runs()[0].parent / "eval.csv").exists()
-                else []
-            )
-            assert len(rows) == len(set(rows))
+            csv = runs()[0].parent / "eval.csv"
+            rows = [line.split(",")[:3] for line in csv.read_text().splitlines()] if csv.exists() else []
+            assert len(rows) == len(set(map(tuple, rows)))
         else:
             shutil.rmtree(folder / "runs", ignore_errors=True)
     code, _, err = run(script, f"--resume {runs()[0]}", folder)
@@ -273,6 +272,16 @@ def test_folder_that_cannot_be_written(script, tmp_path):
     assert code == 2 and len(err.strip().splitlines()) == 1 and "--runs-dir file/runs" in err
 
 
+@both
+def test_full_disk_is_one_line_and_the_checkpoint_before_it_stays(script, tmp_path):
+    run_dir = train(script, tmp_path, 2)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    argv = f"--resume {run_dir}/checkpoint.pt --total-timesteps 100000000 --checkpoint-every 1"
+    code, _, err = run(script, argv, tmp_path, file_size=len(before) - 1)  # no file may grow to a checkpoint's size
+    assert code == 2 and "--runs-dir" in err.strip().splitlines()[-1] and "Traceback" not in err, err
+    assert (run_dir / "checkpoint.pt").read_bytes() == before and not list(run_dir.glob("*.tmp"))
+
+
 DIARY = '''
 import gymnasium as gym
 import numpy as np
@@ -326,8 +335,8 @@ def test_logged_returns_equal_a_sum_by_hand(script, tmp_path):
 def test_not_a_number_stops_before_the_update(script, tmp_path):
     (tmp_path / "my_tasks.py").write_text(DIARY)
     flags = SMALL[script][0].split("--env-kwargs")[1].split("--", 1)[1]
-    argv = f"--{flags} --env-id my_tasks:Diary-v0 --total-timesteps 1000000 --runs-dir runs --checkpoint-every 1 --eval-every 1000"
-    code, _, err = run(script, f"{argv} --env-kwargs limit 2000", tmp_path)
+    argv = f"--{flags} --env-id my_tasks:Diary-v0 --total-timesteps 1000000 --checkpoint-every 1 --eval-every 1000"
+    code, _, err = run(script, f"{argv} --env-kwargs limit 2000 --runs-dir runs", tmp_path)
     last = err.strip().splitlines()[-1]
     assert code == 1 and "not finite" in last and "--resume" in last and "Traceback" not in err, err
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
@@ -381,3 +390,15 @@ def test_script_runs_alone_in_an_empty_folder(script, tmp_path):
     command = [sys.executable, f"{script}.py", *flags.split(), *COMMON.split(), "--total-timesteps", str(steps)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@both
+def test_task_family_of_the_readme_runs(script, tmp_path):
+    """The very text of the README: a single environment with discrete actions, early ends and a time limit."""
+    (tmp_path / "my_tasks.py").write_text((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    flags = SMALL[script][0].split("--env-kwargs")[1].split("--", 1)[1]
+    argv = f"--{flags} --env-id my_tasks:CartPoleTasks-v0 --total-timesteps 500 --eval-tasks 3"
+    code, _, err = run(script, argv, tmp_path)
+    assert code == 0, err
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert all(1 <= value <= 200 for _, value in scalars(run_dir)["charts/pre_adaptation_return"])
