@@ -91,7 +91,7 @@ class Args:
     # Algorithm specific arguments
     learning_rate: float = 2e-3
     """learning rate of Adam at the start, for the networks and all that is not below"""
-    numbers_learning_rate: float = 5e-2
+    numbers_learning_rate: float = 2e-2
     """the same for single numbers: level of the prior, temperature, action selection"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
@@ -302,12 +302,12 @@ class Agent(nn.Module):
         self.value = make_network(obs_dim, args.hidden_size, self.num_rows * args.num_features, 1.0)
         self.prior_mean = nn.Parameter(torch.zeros(num_weights))
         self.log_precision = nn.Parameter(torch.zeros(num_weights))
-        self.prior_level = nn.Parameter(torch.zeros(2))  # of Q before any data, and of all log-precisions
-        num_level = num_known if self.discrete else 1  # Q is at this level where one-hot observations or the constant are
+        self.prior_level = nn.Parameter(torch.zeros(2))  # of rewards before any data, and of log-precisions
+        num_level = num_known if self.discrete else 1  # a one-hot observation, or the constant, has it in Q
         self.register_buffer("is_level", (torch.arange(num_weights) < num_level).to(self.prior_mean.dtype))
         self.logit_gamma = nn.Parameter(torch.tensor(0.0))
-        # Meta action selection: optimism and noise, each a + b log(1 + rounds left).
-        self.optimism = nn.Parameter(torch.zeros(2))
+        # Meta action selection: optimism and noise, each a + b log(1 + rounds left). Plain exploration has no optimism.
+        self.optimism = nn.Parameter(torch.tensor([0.0, 0.3]) * args.meta_action_selection)
         self.noise = nn.Parameter(torch.zeros(2))
         # What `--no-meta-...` leaves as it was at the start.
         parts = (args.meta_policy, "policy log_std log_temp"), (args.meta_value, "value prior log_prec logit")
@@ -316,9 +316,10 @@ class Agent(nn.Module):
                 if name.startswith(tuple(names.split())):
                     parameter.requires_grad_(learned)
 
-    def prior(self):
+    def prior(self, gamma):
         """Mean and precision (W,) of the critic's weights before any data of a task."""
-        return self.prior_mean + self.prior_level[0] * self.is_level, (self.log_precision + self.prior_level[1]).exp()
+        level = self.prior_level[0] / (1 - gamma) * self.is_level
+        return self.prior_mean + level, (self.log_precision + self.prior_level[1]).exp()
 
     def to_box(self, actions):
         return actions if self.discrete else self.box_center + self.box_scale * actions
@@ -394,7 +395,7 @@ def adapt(agent, grams, transitions, moments, gamma=None):
     Q(s, a) = r + gamma E Q(s', a') with prior mean w_0 and prior precision P (diagonal). Returns the weights w (..., W) and
     their covariance C = (F'F + P)^-1 (..., W, W), in units of the reward's noise; all tasks in one batch."""
     gamma = agent.logit_gamma.sigmoid() if gamma is None else gamma
-    mean, precision = agent.prior()
+    mean, precision = agent.prior(gamma)
     prior = torch.diag(precision)
     weights = torch.linalg.solve_ex(grams - gamma * transitions + prior, moments + precision * mean)[0]
     covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(grams + prior)[0])
@@ -408,7 +409,9 @@ def actor(agent, obs, features, weights, spread=None, rounds_left=None):
     are chosen for learning: Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and
     log-stds. For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
     q = (features @ weights[..., None]).squeeze(-1)  # (..., K)
-    start = agent.policy(torch.cat([obs, weights - agent.prior()[0]], dim=-1))  # (..., A), pi_theta reads the critic
+    start = agent.policy(
+        torch.cat([obs, weights - agent.prior(agent.logit_gamma.sigmoid())[0]], dim=-1)
+    )  # (..., A), pi_theta reads the critic
     bonus, log_noise = torch.zeros_like(q), q.new_zeros(1)
     if spread is not None:
         levels = torch.stack([torch.ones_like(rounds_left), (1 + rounds_left).log()], dim=-1)  # (..., 2)

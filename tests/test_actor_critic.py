@@ -90,13 +90,13 @@ def test_critic_is_posterior_of_gaussian_bandit():
     with torch.no_grad():
         agent.log_precision[2] = 50.0  # nothing can be learned through the network's feature, whose prior mean is zero
         agent.prior_mean[2] = 0.0
-        mean, precision = (x[:2] for x in agent.prior())
+        mean, precision = (x[:2] for x in agent.prior(0.5))
     actions = torch.tensor([0, 0, 1, 0, 0])
     rewards = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0])
     features = critic_features(agent, torch.ones(5, 1))
     taken = features[torch.arange(5), actions]
     with torch.no_grad():
-        weights, covariance = adapt(agent, *statistics(taken, torch.zeros_like(taken), rewards))
+        weights, covariance = adapt(agent, *statistics(taken, torch.zeros_like(taken), rewards), gamma=0.5)
     counts, totals = torch.tensor([4.0, 1.0]), torch.tensor([6.5, -1.0])
     torch.testing.assert_close(weights[:2], (precision * mean + totals) / (precision + counts), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(covariance.diagonal()[:2], 1 / (precision + counts), rtol=1e-9, atol=1e-9)
