@@ -573,7 +573,7 @@ def measure(script, flags, steps_per_iteration, processes, threads, warm_up=5, i
 BANDIT, MAML = "--env-id Bandit-v0 --env-kwargs k 5 n 100 ", "--num-tasks {} --num-episodes {} --adapt-steps {}"
 MAML_SIZES = ((20, 20, 1), (10, 20, 1), (40, 20, 1), (20, 10, 1), (20, 40, 1), (20, 20, 2), (20, 20, 3))  # M, E, K
 SPEEDS = (  # script, setting, flags, env steps of an iteration
-    ("mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", BANDIT + "--hidden-size 64 --update-epochs 3", 102_400),
+    ("mrl_rl2", "Bandit k=5 n=100, GRU 64, 3 epochs", BANDIT + "--hidden-size 64 --update-epochs 3 --num-tasks 1024", 102_400),
     ("mrl_rl2", "Bandit, GRU 256, 8 epochs", BANDIT + "--hidden-size 256 --update-epochs 8 --num-tasks 256", 25_600),
     ("mrl_actor_critic", "TabularMDP n=10, 128 trials", "--num-tasks 32 --num-explorations 4", 12_800),
     *(
