@@ -350,6 +350,7 @@ PUBLISHED = {
         ("BEB, Duan et al. 2016", 150.2),
         ("OPSRL, Duan et al. 2016", 144.1),
     ),
+    "PointNav": (("MAML, Finn et al. 2017 (their result files)", -40.4, -11.7, -3.33, -3.23),),
     "TabularMDP n=100": (
         ("RL² trained at n=100, Duan et al. 2016", 1913.7),
         ("SNAIL trained at n=100, Mishra et al. 2018", 1953.1),
@@ -385,7 +386,20 @@ def evaluate():
     for name, task, _ in EVALUATIONS:
         own = [row for row in rows if row[0] == name and row[2] != "trial"]
         if own and len(own) < 20:
-            print_table((task, *(row[2] for row in own)), [(name, *(f"{float(r[3]):.2f} ± {float(r[4]):.2f}" for r in own))])
+            lines = [(f"**{name}**", *(f"{float(mean):.2f} ± {float(error):.2f}" for *_, mean, error, _ in own))]
+            if name == "maml_point_nav":
+                lines += [*PUBLISHED[task], *best_baselines()]
+            print_table((task, *(row[2] for row in own)), lines)
+
+
+def best_baselines():
+    """The best inner rate of each start in maml_baselines.csv, by the return after the last step."""
+    returns = defaultdict(list)
+    for row in read_csv(RESULTS / "maml_baselines.csv"):
+        returns[row["start"], row["inner_lr"]].append((float(row["mean_return"]), float(row["stderr"])))
+    for start in dict.fromkeys(start for start, _ in returns):
+        rate = max((rate for first, rate in returns if first == start), key=lambda rate: returns[start, rate][-1])
+        yield f"{start}, inner rate {rate}", *(f"{mean:.2f} ± {error:.2f}" for mean, error in returns[start, rate])
 
 
 # Pictures: Okabe and Ito's colours, which colour-blind readers can tell apart.
