@@ -91,7 +91,7 @@ class Args:
     # Algorithm specific arguments
     learning_rate: float = 2e-3
     """learning rate of Adam at the start, for the networks and all that is not below"""
-    numbers_learning_rate: float = 2e-2
+    numbers_learning_rate: float = 1e-2
     """the same for single numbers: level of the prior, temperature, action selection"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
@@ -877,11 +877,12 @@ if __name__ == "__main__":
                 shard = RANK, WORLD_SIZE
                 batch = rollout(agent, envs, trials, num_rounds, args.episodes_per_round, seeds.tolist(), noise_key, shard)
             masks = batch["masks"]
+            reward_mean, reward_std = mean_and_std(batch["rewards"], masks)
+            batch["scales"] = reward_std.clamp(min=0.1).expand(len(masks), 1, 1)
             discounts = args.gamma, args.gae_lambda, args.trial_gamma
             advantages, rest, values = compute_advantages(agent, batch, args.num_explorations, *discounts)
             mean, std = mean_and_std(advantages, masks)
             batch["advantages"] = (advantages - mean) / (std + 1e-8)
-            batch["scales"] = mean_and_std(batch["rewards"], masks)[1].clamp(min=0.1).expand(len(masks), 1, 1)
             rollout_time, start = time.time() - start, time.time()
 
             lengths = torch.zeros(num_trials, device=device)  # steps of each trial of the meta-batch
@@ -900,6 +901,8 @@ if __name__ == "__main__":
                     meta_grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     stop_if_not_finite(policy_loss=policy_loss, value_loss=value_loss, meta_grad_norm=meta_grad_norm)
                     optimizer.step()
+            if iteration == 1 and args.meta_value:
+                agent.prior_level.data[0] = reward_mean  # the level of what is usual, from where it is learned
             update_time = time.time() - start
 
             # LOGGING
