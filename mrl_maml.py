@@ -61,7 +61,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 16_000_000
+    total_timesteps: int = 6_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -96,7 +96,7 @@ class Args:
     inner_lr: float = 0.1
     """learning rate of the first inner step at the start"""
     inner_lr_decay: float = 0.2
-    """each later inner step starts with this times the rate before, and so do those behind the last of the training"""
+    """each later inner step starts with this times the rate (and shift of noise) before; one behind the training has it"""
     learn_inner_lr: bool = True
     """learn the inner learning rates, one for each weight and step"""
     inner_lr_learning_rate: float = 1e-3
@@ -116,7 +116,7 @@ class Args:
     log_std: float = -1.7
     """log standard deviation of continuous actions at the start"""
     log_std_shift: float = -0.4
-    """what each inner step adds to it, at the start; learned with the inner learning rates"""
+    """what the first inner step adds to it, at the start; learned with the inner learning rates"""
     log_std_learning_rate: float = 1e-2
     """learning rate of Adam for these two, at the start"""
     gamma: float = 0.99
@@ -238,7 +238,7 @@ class Agent(nn.Module):
         rates = {n: (args.inner_lr * decays).view(-1, 1, 1).repeat(1, *w.shape) for n, w in weights.items()}
         self.inner_lr = nn.ParameterDict(rates).requires_grad_(args.learn_inner_lr)
         if not self.discrete:
-            shift = torch.full((args.adapt_steps, 1, action_dim), args.log_std_shift)
+            shift = (args.log_std_shift * decays).view(-1, 1, 1).repeat(1, 1, action_dim)
             self.log_std_shift = nn.Parameter(shift, requires_grad=args.learn_inner_lr)
 
     def parameter_groups(self):

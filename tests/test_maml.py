@@ -317,7 +317,7 @@ def test_inner_learning_rates_of_each_step():
             torch.testing.assert_close(lr, torch.full_like(agent.weights[name], expected))
     agent = Agent(2, gym.spaces.Box(-1, 1, (3,)), replace(Args(), adapt_steps=2, log_std_shift=-0.4))
     agent.log_std_shift.data[1] = -0.5
-    for step, expected in enumerate((-0.4, -0.5, -0.1)):
+    for step, expected in enumerate((-0.4, -0.5, -0.1)):  # the second one as set here
         torch.testing.assert_close(agent.inner_lr_of(step, 0.2)["log_std_shift"], torch.full((1, 3), expected))
     args = Args()
     for learned in (True, False):
