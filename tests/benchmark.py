@@ -466,13 +466,14 @@ def curves(checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()):
                         curve[f"after {k} step" + "s" * (k != 1) if maml else f"seed {seed}"][step / 1e6] += mean
                 for j, (label, points) in enumerate(curve.items()):
                     colour = COLOURS[j if maml else i]
-                    axis.plot(points.keys(), points.values(), color=colour, label=None if maml and i else label)
+                    axis.plot(points.keys(), points.values(), ".-", color=colour, label=None if maml and i else label)
             for player, label in LINES.get(task, {}).items():
                 if not maml or task == "PointNav":
                     scale = episodes if not maml and task.endswith("PointNav") else 1  # those players are of one episode
                     reference_line(axis, players[task, player] * scale, label)
             axis.set(title=task, xlabel="environment steps (millions)", xlim=(0, None))
-            axis.legend(frameon=False, fontsize=8)
+            if len(axis.get_legend_handles_labels()[0]) > 1:
+                axis.legend(frameon=False, fontsize=8)
         axes[0].set_ylabel("return of an episode, held-out" if maml else "return of a trial, held-out")
         save_figure(figure, f"curves_{script}.png")
         columns = ("task", "seed", "global_step", "split", "adaptation", "mean_return", "stderr", "num_tasks")
@@ -573,7 +574,7 @@ def baselines(timesteps: int = 4_000_000):
 # Speed.
 
 
-def measure(script, flags, steps_per_iteration, processes, threads, warm_up=5, iterations=20):
+def measure(script, flags, steps_per_iteration, processes, threads, iterations, warm_up=5):
     """Medians over `iterations` after `warm_up`: env steps a second, seconds of rollout and of update."""
     total = ["--total-timesteps", str(steps_per_iteration * (warm_up + iterations)), "--eval-every", "1000000"]
     with tempfile.TemporaryDirectory() as runs_dir:
@@ -597,16 +598,19 @@ SPEEDS = (  # script, setting, flags, env steps of an iteration
 )
 
 
-def speed(threads: int = 2):
-    """Training speed of each script, what MAML's cost grows with, one and two processes -> speed.csv"""
-    columns = ["script", "setting", "processes", "threads", "env_steps_per_second", "rollout_s", "update_s"]
+def speed(threads: int = 2, iterations: int = 20):
+    """Training speed of each script, what MAML's cost grows with, one and two processes -> speed.csv
+
+    A load average above the threads in use says that the machine was shared, and the figures are too low."""
+    columns = ["script", "setting", "processes", "threads", "env_steps_per_second", "rollout_s", "update_s", "load_average"]
     settings = [(*setting, 1, threads) for setting in SPEEDS]
     settings += [(*setting, processes, 1) for setting in (SPEEDS[0], SPEEDS[3]) for processes in (1, 2)]
     rows = []
     for script, setting, flags, steps, processes, own_threads in settings:
-        sps, rollout, update = measure(script, flags, steps, processes, own_threads)
-        rows.append((script, setting, processes, own_threads, f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}"))
-        print(*rows[-1], f"load average {os.getloadavg()[0]:.1f}", sep=", ", flush=True)
+        sps, rollout, update = measure(script, flags, steps, processes, own_threads, iterations)
+        measured = f"{sps:.0f}", f"{rollout:.3f}", f"{update:.3f}", f"{os.getloadavg()[0]:.1f}"
+        rows.append((script, setting, processes, own_threads, *measured))
+        print(*rows[-1], sep=", ", flush=True)
     write_csv("speed.csv", columns, rows)
     print_table(columns, rows)
 
