@@ -61,7 +61,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 6_000_000
+    total_timesteps: int = 5_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -87,15 +87,17 @@ class Args:
     """let the learning rates of the meta-update fall linearly to zero over the training"""
     num_tasks: int = 20
     """tasks of a meta-batch, M"""
-    num_episodes: int = 20
+    num_episodes: int = 10
     """episodes that a task's learner plays before each step, and after the last, E"""
-    adapt_steps: int = 1
+    eval_episodes: int = 20
+    """the same in the evaluation (0: as in the training)"""
+    adapt_steps: int = 3
     """adaptation steps of the training, K"""
     eval_adapt_steps: int = 3
     """adaptation steps of the held-out evaluation"""
-    inner_lr: float = 0.1
+    inner_lr: float = 0.3
     """learning rate of the first inner step at the start"""
-    inner_lr_decay: float = 0.2
+    inner_lr_decay: float = 0.1
     """each later inner step starts with this times the rate (and shift of noise) before; one behind the training has it"""
     learn_inner_lr: bool = True
     """learn the inner learning rates, one for each weight and step"""
@@ -107,15 +109,15 @@ class Args:
     """give the first episodes credit for what comes after adaptation (E-MAML): see `meta_loss`"""
     first_order: bool = False
     """leave out the second derivatives, for comparison"""
-    every_step: bool = False
+    every_step: bool = True
     """judge the policy after each step, not only after the last one"""
     value_function: Literal["linear", "network"] = "linear"
     """of the inner learner: a least-squares fit in each task, or a meta-learned network adapted by the inner step"""
     hidden_size: int = 64
     """units of the two tanh layers"""
-    log_std: float = -1.7
+    log_std: float = -1.0
     """log standard deviation of continuous actions at the start"""
-    log_std_shift: float = -0.4
+    log_std_shift: float = -1.0
     """what the first inner step adds to it, at the start; learned with the inner learning rates"""
     log_std_learning_rate: float = 1e-2
     """learning rate of Adam for these two, at the start"""
@@ -493,10 +495,10 @@ def collect(agent, args, envs, tasks, num_steps, seeds, generator, shard=(0, 1))
 
     `seeds`: one list of N for each of them."""
     weights = {name: w.detach().expand(len(tasks), *w.shape) for name, w in agent.weights.items()}
-    batches = []
+    num_episodes, batches = envs.num_envs // len(tasks), []
     for step in range(num_steps + 1):
         inner_lr = {name: lr.detach() for name, lr in agent.inner_lr_of(step, args.inner_lr_decay).items()}
-        batch = rollout(envs, weights, tasks, args.num_episodes, seeds[step], generator, shard)
+        batch = rollout(envs, weights, tasks, num_episodes, seeds[step], generator, shard)
         add_advantages(batch, weights, inner_lr, args)
         batches.append(batch)
         if step < num_steps:
@@ -518,7 +520,7 @@ def exploration_credit(returns, batch, num_tasks):
 
 def evaluate(agent, args, tasks, video_dir=None):
     """Return of an episode after 0 .. `--eval-adapt-steps` steps in each task: (S + 1, tasks), the noise always the same."""
-    envs = make_envs(args, len(tasks) * args.num_episodes, film=video_dir is not None)
+    envs = make_envs(args, len(tasks) * (args.eval_episodes or args.num_episodes), film=video_dir is not None)
     if video_dir is not None:
         envs = RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: True)
     shape = args.eval_adapt_steps + 1, envs.num_envs
@@ -704,6 +706,7 @@ if __name__ == "__main__":
     require(args, "log_std log_std_shift", np.isfinite, "give a finite number")
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
     require(args, "gamma", lambda x: x < 1 or args.value_function == "linear", "--value-function network needs less than 1")
+    require(args, "eval_episodes", lambda x: x >= 0, "give a whole number of at least 0")
     require(args, "inner_lr inner_lr_decay vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
     require(args, "inner_lr_learning_rate log_std_learning_rate", lambda x: 0 <= x < np.inf, "give 0 or more")
 

@@ -15,6 +15,8 @@ import mrl_maml
 from mrl_maml import Agent, Args, adapt, add_advantages, collect, compute_gae, linear_values, meta_loss, rollout, task_policy
 
 DOUBLE = torch.float64
+# The tests do not depend on the defaults.
+SETTINGS = Args(adapt_steps=1, every_step=False, num_episodes=20, inner_lr=0.1, log_std=-1.7, log_std_shift=-0.4)
 
 
 class Countdown(gym.Env):
@@ -53,7 +55,7 @@ def double_precision():
 
 def make(env_id, num_tasks, seed=0, **flags):
     """Settings, environments, an agent whose policy is far from uniform, tasks."""
-    args = replace(Args(), env_id=env_id, hidden_size=8, **flags)
+    args = replace(SETTINGS, env_id=env_id, hidden_size=8, **flags)
     envs = mrl_maml.make_envs(args, num_tasks * args.num_episodes)
     torch.manual_seed(seed)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args)
@@ -105,7 +107,7 @@ class Problem:
     def weights(self, seed=0):
         space = gym.spaces.Discrete(int(self.num_actions))
         torch.manual_seed(seed)
-        agent = Agent(int(self.num_states), space, replace(Args(), hidden_size=2))
+        agent = Agent(int(self.num_states), space, replace(SETTINGS, hidden_size=2))
         return {name: torch.randn_like(w) * 0.7 for name, w in agent.weights.items()}
 
     def logprobs(self, weights):
@@ -216,7 +218,7 @@ def test_meta_gradient_of_the_expected_update(name, num_steps):
     weights = problem.weights()
     exact = finite_differences(partial(expected_objective, problem, num_steps=num_steps), weights)
     for inner_loss, first_order in (("dice", False), ("ratio", False), ("log-prob", False), ("ratio", True)):
-        args = replace(Args(), inner_loss=inner_loss, first_order=first_order)
+        args = replace(SETTINGS, inner_loss=inner_loss, first_order=first_order)
         grads, after = expected_meta_gradient(problem, weights, num_steps, args)
         assert after == pytest.approx(expected_objective(problem, weights, num_steps).item(), abs=1e-12)
         errors["--first-order" if first_order else inner_loss] = relative_error(grads, exact)
@@ -237,12 +239,12 @@ def test_meta_gradient_of_the_sampled_update(name, num_steps):
     weights = problem.weights(seed=1)
     exact = finite_differences(partial(sampled_objective, problem, num_steps=num_steps), weights)
     for inner_loss in ("dice", "ratio", "log-prob"):
-        args = replace(Args(), inner_loss=inner_loss, exploration_credit=True)
+        args = replace(SETTINGS, inner_loss=inner_loss, exploration_credit=True)
         grads = sampled_meta_gradient(problem, weights, num_steps, args)
         torch.testing.assert_close(flat(grads), flat(exact), atol=1e-6, rtol=0)
     errors = {}
     for inner_loss in ("dice", "ratio", "log-prob"):
-        without = sampled_meta_gradient(problem, weights, num_steps, replace(Args(), inner_loss=inner_loss))
+        without = sampled_meta_gradient(problem, weights, num_steps, replace(SETTINGS, inner_loss=inner_loss))
         errors[inner_loss] = relative_error(without, exact)
     print(f"\n{name}, K={num_steps}, one episode a step, without credit:", {k: f"{e:.1e}" for k, e in errors.items()})
     assert min(errors.values()) > 0.03
@@ -256,7 +258,7 @@ def test_log_prob_is_first_order_for_centred_advantages():
     inner_lr = [{name: torch.tensor(STEP_SIZE * (name == "actor_b2")) for name in weights}]
     grads = {}
     for inner_loss, first_order in (("log-prob", False), ("log-prob", True), ("ratio", False)):
-        args = replace(Args(), inner_loss=inner_loss, first_order=first_order)
+        args = replace(SETTINGS, inner_loss=inner_loss, first_order=first_order)
         logits = weights["actor_b2"].detach().requires_grad_()
         start = weights | {"actor_b2": logits}
         first = problem.batch(start)
@@ -311,15 +313,15 @@ def test_tasks_at_once_equal_a_loop_over_tasks(env_id, num_steps, inner_loss):
 
 def test_inner_learning_rates_of_each_step():
     """One for each weight and step of the training; those behind its last fall from the last."""
-    agent = Agent(2, gym.spaces.Discrete(3), replace(Args(), adapt_steps=2, inner_lr=0.5, inner_lr_decay=0.2))
+    agent = Agent(2, gym.spaces.Discrete(3), replace(SETTINGS, adapt_steps=2, inner_lr=0.5, inner_lr_decay=0.2))
     for step, expected in enumerate((0.5, 0.1, 0.02, 0.004)):
         for name, lr in agent.inner_lr_of(step, 0.2).items():
             torch.testing.assert_close(lr, torch.full_like(agent.weights[name], expected))
-    agent = Agent(2, gym.spaces.Box(-1, 1, (3,)), replace(Args(), adapt_steps=2, log_std_shift=-0.4))
+    agent = Agent(2, gym.spaces.Box(-1, 1, (3,)), replace(SETTINGS, adapt_steps=2, log_std_shift=-0.4))
     agent.log_std_shift.data[1] = -0.5
     for step, expected in enumerate((-0.4, -0.5, -0.1)):  # the second one as set here
         torch.testing.assert_close(agent.inner_lr_of(step, 0.2)["log_std_shift"], torch.full((1, 3), expected))
-    args = Args()
+    args = SETTINGS
     for learned in (True, False):
         agent = Agent(2, gym.spaces.Discrete(3), replace(args, learn_inner_lr=learned))
         assert all(lr.requires_grad == learned for lr in agent.inner_lr.values())
