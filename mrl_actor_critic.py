@@ -23,7 +23,8 @@ linear solves, and a trial can go on for longer than it did in training.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
-    python mrl_actor_critic.py --env-id PointNav-v0 POINTFLAGS
+    python mrl_actor_critic.py --env-id PointNav-v0 --rounds 2 --num-tasks 20 --hidden-size 64 --num-features 16 \\
+        --temperature 2.5 --trial-gamma 0.5 --num-minibatches 4 --update-epochs 3 --vf-coef 1 --total-timesteps 1600000
     tensorboard --logdir runs
 
 Shapes: M tasks of a meta-batch, C explorations of each, N = M * C trials, R rounds a trial, L steps a round, D observation
@@ -409,9 +410,8 @@ def actor(agent, obs, features, weights, spread=None, rounds_left=None):
     are chosen for learning: Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and
     log-stds. For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
     q = (features @ weights[..., None]).squeeze(-1)  # (..., K)
-    start = agent.policy(
-        torch.cat([obs, weights - agent.prior(agent.logit_gamma.sigmoid())[0]], dim=-1)
-    )  # (..., A), pi_theta reads the critic
+    learned = weights - agent.prior(agent.logit_gamma.sigmoid())[0]  # what the critic knows of the task, pi_theta reads
+    start = agent.policy(torch.cat([obs, learned], dim=-1))  # (..., A)
     bonus, log_noise = torch.zeros_like(q), q.new_zeros(1)
     if spread is not None:
         levels = torch.stack([torch.ones_like(rounds_left), (1 + rounds_left).log()], dim=-1)  # (..., 2)
