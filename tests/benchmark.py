@@ -574,7 +574,7 @@ def baselines(timesteps: int = 4_000_000):
 # Speed.
 
 
-def measure(script, flags, steps_per_iteration, processes, threads, iterations, warm_up=5):
+def measure(script, flags, steps_per_iteration, processes, threads, iterations, warm_up=3):
     """Medians over `iterations` after `warm_up`: env steps a second, seconds of rollout and of update."""
     total = ["--total-timesteps", str(steps_per_iteration * (warm_up + iterations)), "--eval-every", "1000000"]
     with tempfile.TemporaryDirectory() as runs_dir:
