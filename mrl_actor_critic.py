@@ -114,7 +114,7 @@ class Args:
     """learn how optimistic and how noisy exploration is, or leave it as it is: no optimism"""
     hidden_size: int = 32
     """units of each of the two hidden layers, of policy and value network"""
-    num_features: int = 8
+    num_features: int = 2
     """learned features of the critic, beside the observation itself"""
     temperature: float = 0.2
     """temperature of the actor's step at the start"""
@@ -458,8 +458,8 @@ def refine_path(weights, covariance, features, errors):
 def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None, shard=(0, 1), exploit=False):
     """Plays a trial of each task: rounds of `num_episodes` episodes, before each of which the critic is solved on all before.
 
-    Without `noise_key` the most probable actions are taken; `exploit` adds a round of one episode without exploration.
-    Who has finished the round early waits, masked. Returns a dict of tensors, R rounds of L steps: obs, next_obs
+    Without `noise_key` the most probable actions are taken; so they are in the further round of one episode that `exploit`
+    adds. Who has finished the round early waits, masked. Returns a dict of tensors, R rounds of L steps: obs, next_obs
     (N, R, L, D), actions (N, R, L, ...), rows, next_rows (N, R, L, K), which are the actor's expectation of x(a) there, and
     (N, R, L) each: logprobs, rewards, terminated, dones, masks (1: a real step), episodes (from 0)."""
     like, rounds = agent.prior_mean, []
@@ -478,7 +478,7 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
             obs = torch.as_tensor(next_obs).to(like)
             features = critic_features(agent, obs)
             products, seen = features @ covariance, features @ innovations.mT
-            spread = products @ features.mT - seen @ seen.mT if explore else None
+            spread = products @ features.mT - seen @ seen.mT
             policy = policy_distribution(*actor(agent, obs, features, weights, spread, rounds_left), agent.discrete)
             actions = sample_actions(policy, generator, shard)
             next_obs, rewards, terminated, truncated = step_envs(envs, agent.to_box(actions))
