@@ -293,3 +293,30 @@ def test_bandit_optimum():
     assert abs(bandit_optimum(1, 10) - 5) < 1e-12
     assert abs(bandit_optimum(2, 1) - 0.5) < 1e-12
     assert abs(bandit_optimum(5, 10) - 6.660) < 5e-4 and abs(bandit_optimum(10, 10) - 6.714) < 5e-4
+
+
+def evaluate_trained(name, num_tasks):
+    """Returns (E, num_tasks) of a trained agent of tests/results on tasks that its training never drew."""
+    checkpoint = mrl_rl2.load_checkpoint("--evaluate", RESULTS / name)
+    args = mrl_rl2.Args(**checkpoint["args"])
+    envs = mrl_rl2.make_envs(args, 1)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args.hidden_size)
+    agent.load_state_dict(checkpoint["agent"])
+    tasks = envs.sample_tasks(num_tasks, stream(args.seed, 0, mrl_rl2.HELDOUT_TASKS))
+    return mrl_rl2.evaluate(agent, args, tasks, envs.episodes_per_trial).double()
+
+
+def test_trained_bandit_agent_is_near_the_optimum_and_never_above():
+    """Thompson sampling has 5.7 (Duan et al. 2016); the margin is four standard errors."""
+    totals = evaluate_trained("rl2_bandit_k5_n10.pt", 20_000).sum(0)
+    margin = 4 * totals.std().item() / 20_000**0.5
+    assert bandit_optimum(5, 10) + margin > totals.mean() > 6.60 - margin
+
+
+def test_trained_grid_navi_agent_searches_then_remembers():
+    """Never above the Bayes-optimal return of the first episode, 4.0, and of later ones, 11.071; above 36.3 in all."""
+    returns = evaluate_trained("rl2_grid_navi.pt", 2_000)
+    margins = 4 * returns.std(dim=1) / 2_000**0.5
+    limits = torch.tensor([4.0, 11.0714, 11.0714, 11.0714])
+    assert (returns.mean(1) < limits + margins).all()
+    assert returns.sum(0).mean() > 36.3 - 4 * returns.sum(0).std() / 2_000**0.5
