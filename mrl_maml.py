@@ -6,11 +6,11 @@
 """MAML: an actor-critic learner whose starting weights are learned (Finn et al. 2017).
 
 The learner of a task starts from the meta-learned weights, plays E episodes, takes a policy-gradient step on them, plays E
-fresh episodes, and so on: K steps. Upstairs, the start and the learner's step sizes, one for each weight (Meta-SGD, Li et
-al. 2017), are learned by clipped PPO (as in ProMP, Rothfuss et al. 2019) on the episodes after the last step, with the exact
-second-order gradient through all steps. Which terms of the meta-gradient the inner loss keeps is a choice, `--inner-loss`
-and `--exploration-credit`: see `inner_loss`. Advantages of the inner steps come from a value function that is fitted to each
-task. All tasks run at once: with their own weights in one batched product, under one `torch.func.vmap` in the updates.
+fresh episodes, and so on: K steps. Upstairs, the start, the step sizes, one for each weight and step (Meta-SGD, Li et al.
+2017), and the noise that each step takes away are learned by clipped PPO (as in ProMP, Rothfuss et al. 2019) on the episodes
+after the steps, with the exact second-order gradient through all of them. Which terms of the meta-gradient the inner loss
+keeps is a choice, `--inner-loss` and `--exploration-credit`: see `inner_loss`. Advantages come from a value function fitted
+to each task. All tasks run at once: one batched product with their own weights, one `torch.func.vmap` in the updates.
 
     python mrl_maml.py                                                 # PointNav: go to a hidden goal
     python mrl_maml.py --env-id mrl_rl2:TabularMDP-v0                  # any family of the other scripts, or your own

@@ -4,6 +4,7 @@ and every step of the algorithm against its definition."""
 import itertools
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,7 @@ from torch.func import grad, vmap
 import mrl_maml
 from mrl_maml import Agent, Args, adapt, add_advantages, collect, compute_gae, linear_values, meta_loss, rollout, task_policy
 
+RESULTS = Path(__file__).parent / "results"
 DOUBLE = torch.float64
 # The tests do not depend on the defaults.
 SETTINGS = Args(adapt_steps=1, every_step=False, num_episodes=20, inner_lr=0.1, log_std=-1.7, log_std_shift=-0.4)
@@ -561,3 +563,25 @@ def test_no_policy_without_adaptation_beats_the_best_fixed_one():
         weights["log_std"] = torch.full((500, 1, 2), -5.0)
         batch = rollout(envs, weights, list(mirrored), 1, list(range(500)), torch.Generator().manual_seed(seed))
         assert batch["rewards"].sum(-1).mean() < still + 0.5
+
+
+# The trained agents
+
+
+@pytest.mark.parametrize(
+    "name, num_tasks, at_least", [("point_nav", 12, (-50, -20, -9, -5)), ("tabular_mdp", 200, (9, 13.5, 14, 14))]
+)
+def test_trained_agent_adapts_to_heldout_tasks(name, num_tasks, at_least):
+    """Returns after 0, 1, 2, 3 steps, with margins of several standard errors; and trap 9 with the learner that is used."""
+    torch.set_default_dtype(torch.float32)
+    checkpoint = mrl_maml.load_checkpoint("--evaluate", RESULTS / f"maml_{name}.pt")
+    args = Args(**checkpoint["args"])
+    envs = mrl_maml.make_envs(args, num_tasks * args.eval_episodes)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args)
+    agent.load_state_dict(checkpoint["agent"])
+    tasks = envs.sample_tasks(num_tasks, mrl_maml.stream(args.seed, 0, mrl_maml.HELDOUT_TASKS))
+    seeds = np.random.default_rng(0).integers(2**31, size=(4, envs.num_envs)).tolist()
+    batches = collect(agent, args, envs, tasks, 3, seeds, torch.Generator().manual_seed(0))
+    for batch, returns, limit in zip(batches, mrl_maml.episode_returns(batches), at_least, strict=True):
+        assert returns.mean() > limit
+        assert batch["explained_variance"].mean() > 0.3
