@@ -2,6 +2,7 @@
 
 python tests/benchmark.py players              reference players: classical algorithms and exact optima, in numpy
 python tests/benchmark.py evaluate             every trained agent of tests/results on held-out tasks, beside the players
+python tests/benchmark.py tables               the README's tables again, out of what evaluate wrote
 python tests/benchmark.py curves               learning curves of their trainings, a picture for each script
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
@@ -350,7 +351,6 @@ PUBLISHED = {
         ("BEB, Duan et al. 2016", 150.2),
         ("OPSRL, Duan et al. 2016", 144.1),
     ),
-    "PointNav": (("MAML, Finn et al. 2017 (their result files)", -40.4, -11.7, -3.33, -3.23),),
     "TabularMDP n=100": (
         ("RL² trained at n=100, Duan et al. 2016", 1913.7),
         ("SNAIL trained at n=100, Mishra et al. 2018", 1953.1),
@@ -360,9 +360,8 @@ PUBLISHED = {
 
 
 def evaluate():
-    """Every trained agent on held-out tasks -> evaluations.csv, and a table of each task with the reference players"""
-    columns = ("agent", "global_step", "adaptation", "mean_return", "stderr", "num_tasks")
-    rows, learned = [], defaultdict(list)
+    """Every trained agent on held-out tasks -> evaluations.csv, and its tables"""
+    columns, rows = ("agent", "task", "global_step", "adaptation", "mean_return", "stderr", "num_tasks"), []
     for name, task, flags in EVALUATIONS:
         path = RESULTS / f"{name.split()[0]}.pt"
         if not path.exists():
@@ -371,25 +370,35 @@ def evaluate():
         with tempfile.TemporaryDirectory() as runs_dir:
             script = "mrl_" + re.match("rl2|maml|actor_critic", name)[0]
             printed, run = run_script(runs_dir, script, "--evaluate", str(path), *flags.split())
-            own = [(name, *(row[column] for column in columns[1:])) for row in read_csv(run / "eval.csv")]
+            own = [(name, task, *(row[column] for column in columns[2:])) for row in read_csv(run / "eval.csv")]
         if total := re.search(r"whole trial +(\S+) ± (\S+)", printed):
-            own.append((name, own[0][1], "trial", *total.groups(), own[0][5]))
-            learned[task].append((f"**{name}**", *own[-1][3:]))
+            own.append((*own[0][:3], "trial", *total.groups(), own[0][6]))
         rows += own
         print(f"\n{name}: {printed.strip()}", flush=True)
     write_csv("evaluations.csv", columns, rows)
-    players = read_csv(RESULTS / "players.csv")
-    for task, entries in learned.items():
-        entries += [(p["player"], p["mean_return"], p["stderr"], p["num_tasks"]) for p in players if p["task"] == task]
+    tables()
+
+
+def tables():
+    """The README's tables out of evaluations.csv, players.csv and maml_baselines.csv: whole trials, then episode by episode"""
+    trials, episodes = defaultdict(list), defaultdict(list)
+    for row in read_csv(RESULTS / "evaluations.csv"):
+        if row["adaptation"] == "trial":
+            trials[row["task"]].append((f"**{row['agent']}**", row["mean_return"], row["stderr"], row["num_tasks"]))
+        else:
+            episodes[row["task"], row["agent"]].append(row)
+    for task, entries in trials.items():
+        known = [row for row in read_csv(RESULTS / "players.csv") if row["task"] == task and not task.endswith("PointNav")]
+        entries += [(row["player"], row["mean_return"], row["stderr"], row["num_tasks"]) for row in known]
         entries += [(name, value, "", "") for name, value in PUBLISHED.get(task, ())]
-        print_table((task, "return of a trial", "standard error", "tasks"), sorted(entries, key=lambda row: float(row[1])))
-    for name, task, _ in EVALUATIONS:
-        own = [row for row in rows if row[0] == name and row[2] != "trial"]
-        if own and len(own) < 20:
-            lines = [(f"**{name}**", *(f"{float(mean):.2f} ± {float(error):.2f}" for *_, mean, error, _ in own))]
-            if name == "maml_point_nav":
-                lines += [*PUBLISHED[task], *best_baselines()]
-            print_table((task, *(row[2] for row in own)), lines)
+        lines = [(name, f"{float(mean):.2f}", error and f"{float(error):.3f}", count) for name, mean, error, count in entries]
+        print_table((task, "return of a trial", "standard error", "tasks"), sorted(lines, key=lambda line: float(line[1])))
+    for (task, agent), rows in episodes.items():
+        if len(rows) < 20:
+            lines = [(f"**{agent}**", *(f"{float(row['mean_return']):.2f} ± {float(row['stderr']):.2f}" for row in rows))]
+            if agent == "maml_point_nav":
+                lines += [("MAML, Finn et al. 2017, from their result files", -40.4, -11.7, -3.33, -3.23), *best_baselines()]
+            print_table((task, *(row["adaptation"] for row in rows)), lines)
 
 
 def best_baselines():
@@ -471,7 +480,7 @@ def curves(checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()):
                 if not maml or task == "PointNav":
                     scale = episodes if not maml and task.endswith("PointNav") else 1  # those players are of one episode
                     reference_line(axis, players[task, player] * scale, label)
-            axis.set(title=task, xlabel="environment steps (millions)", xlim=(0, None))
+            axis.set(title=task.split()[0] if maml else task, xlabel="environment steps (millions)", xlim=(0, None))
             if len(axis.get_legend_handles_labels()[0]) > 1:
                 axis.legend(frameon=False, fontsize=8)
         axes[0].set_ylabel("return of an episode, held-out" if maml else "return of a trial, held-out")
@@ -519,7 +528,7 @@ def trajectories(num_tasks: int = 6, num_episodes: int = 1):
 
     checkpoint = maml.load_checkpoint("--evaluate", RESULTS / "maml_point_nav.pt")
     args = maml.Args(**checkpoint["args"])
-    envs = maml.make_envs(args, num_tasks * args.num_episodes)
+    envs = maml.make_envs(args, num_tasks * (args.eval_episodes or args.num_episodes))
     agent = maml.Agent(2, envs.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     tasks = maml.task_family(envs).sample_tasks(args.eval_tasks, maml.stream(args.seed, 0, maml.HELDOUT_TASKS))[:num_tasks]
@@ -527,19 +536,19 @@ def trajectories(num_tasks: int = 6, num_episodes: int = 1):
     seeds = np.arange((num_steps + 1) * envs.num_envs).reshape(num_steps + 1, -1).tolist()
     generator = maml.torch_stream(torch.device("cpu"), args.seed, 0, maml.ACTIONS)
     batches = maml.collect(agent, args, envs, tasks, num_steps, seeds, generator)
-    figure, axes = new_figure(num_steps + 1, width=3.1, height=3.8, sharey=True)
+    figure, axes = new_figure(num_steps + 1, width=3.1, height=4.3, sharey=True)
     for k, (axis, batch, returns) in enumerate(zip(axes, batches, maml.episode_returns(batches), strict=True)):
         for colour, goal, episodes in zip(COLOURS, tasks, batch["obs"], strict=False):
             for path in episodes[:num_episodes]:  # (T, 2)
                 axis.plot(*path.T, color=colour, linewidth=1, alpha=0.8)
-            axis.plot(*goal, "*", color=colour, markersize=16, markeredgecolor="black", zorder=3)
+            axis.plot(*goal, "*", color=colour, markersize=13, markeredgecolor="black", zorder=3)
         axis.plot(0, 0, "o", color="black", markersize=6, zorder=3, label="start")
         axis.plot([], [], "*", color="white", markersize=11, markeredgecolor="black", label="hidden goal")
         title = "before adaptation" if k == 0 else f"after {k} step" + "s" * (k > 1)
         axis.set(
             title=f"{title}\nmean return {returns.mean():.1f}",
-            xlim=(-0.75, 0.75),
-            ylim=(-0.75, 0.75),
+            xlim=(-0.6, 0.6),
+            ylim=(-0.6, 0.6),
             xlabel="x",
             xticks=(-0.5, 0, 0.5),
         )
@@ -617,5 +626,5 @@ def speed(threads: int = 2, iterations: int = 20):
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {f.__name__: f for f in (players, evaluate, curves, adaptation, trajectories, baselines, speed)}
+        {f.__name__: f for f in (players, evaluate, tables, curves, adaptation, trajectories, baselines, speed)}
     )
