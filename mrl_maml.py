@@ -801,8 +801,8 @@ if __name__ == "__main__":
             steps = int(all_reduce(sum(batch["masks"].sum() for batch in batches)))
             global_step += steps
             pre, post = returns[0].mean().item(), returns[-1].mean().item()
+            progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
             progress.update(steps)
-            progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}")
             scalars = {
                 "charts/pre_adaptation_return": pre,
                 "charts/post_adaptation_return": post,
@@ -835,7 +835,7 @@ if __name__ == "__main__":
                 writer.flush()
                 checkpoint = {
                     "script": SCRIPT,
-                    "args": asdict(args) | {"resume": None, "evaluate": None},
+                    "args": asdict(args) | {"resume": None, "evaluate": None, "runs_dir": Args.runs_dir},
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "iteration": iteration,
