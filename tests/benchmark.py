@@ -334,6 +334,7 @@ EVALUATIONS = (
     ("rl2_tabular_mdp_n10 at n=100", "TabularMDP n=100", "--eval-tasks 600 --env-kwargs n 100"),
     ("rl2_grid_navi", "GridNavi", "--eval-tasks 4000"),
     ("maml_point_nav", "PointNav", ""),
+    ("maml_point_nav_one_step", "PointNav", ""),
     ("maml_tabular_mdp", "TabularMDP", "--eval-tasks 1000"),
     ("actor_critic_tabular_mdp", "TabularMDP n=10", "--eval-tasks 4000"),
     ("actor_critic_tabular_mdp at n=100", "TabularMDP n=100", "--eval-tasks 600 --eval-episodes 100"),
@@ -359,11 +360,14 @@ PUBLISHED = {
 }
 
 
-def evaluate():
-    """Every trained agent on held-out tasks -> evaluations.csv, and its tables"""
+def evaluate(agents: tyro.conf.Positional[tuple[str, ...]] = ()):
+    """Trained agents, all or those given, on held-out tasks -> evaluations.csv, and its tables"""
     columns, rows = ("agent", "task", "global_step", "adaptation", "mean_return", "stderr", "num_tasks"), []
     for name, task, flags in EVALUATIONS:
         path = RESULTS / f"{name.split()[0]}.pt"
+        if agents and path.stem not in agents:
+            rows += [tuple(row.values()) for row in read_csv(RESULTS / "evaluations.csv") if row["agent"] == name]
+            continue
         if not path.exists():
             print(f"{name}: no {path.name}, left out")
             continue
@@ -402,13 +406,14 @@ def tables():
 
 
 def best_baselines():
-    """The best inner rate of each start in maml_baselines.csv, by the return after the last step."""
+    """Of each start in maml_baselines.csv the inner rates that are best after the first and after the last step."""
     returns = defaultdict(list)
     for row in read_csv(RESULTS / "maml_baselines.csv"):
         returns[row["start"], row["inner_lr"]].append((float(row["mean_return"]), float(row["stderr"])))
     for start in dict.fromkeys(start for start, _ in returns):
-        rate = max((rate for first, rate in returns if first == start), key=lambda rate: returns[start, rate][-1])
-        yield f"{start}, inner rate {rate}", *(f"{mean:.2f} ± {error:.2f}" for mean, error in returns[start, rate])
+        for step in (1, -1):
+            rate = max((rate for first, rate in returns if first == start), key=lambda rate: returns[start, rate][step])
+            yield f"{start}, inner rate {rate}", *(f"{mean:.2f} ± {error:.2f}" for mean, error in returns[start, rate])
 
 
 # Pictures: Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -461,7 +466,7 @@ def curves(checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()):
     for path in checkpoints or sorted(RESULTS.glob("*.pt")):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         rows = [row for row in saved["eval_rows"] if row[1] == "heldout"]
-        panels[saved["script"]][task_name(saved["args"])][saved["args"]["seed"]] = rows
+        panels[saved["script"]][task_name(saved["args"])].setdefault(saved["args"]["seed"], rows)
     players = {(row["task"], row["player"]): float(row["mean_return"]) for row in read_csv(RESULTS / "players.csv")}
     for script, tasks in panels.items():
         maml = script == "mrl_maml"
