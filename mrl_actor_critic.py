@@ -910,8 +910,8 @@ if __name__ == "__main__":
             global_step += steps
             returns = returns_by_episode(batch, num_rounds * args.episodes_per_round)
             pre, post = returns[0].mean().item(), returns[-1].mean().item()
+            progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
             progress.update(steps)
-            progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}")
             residual, scale = mean_and_std(rest, masks)[1], mean_and_std(rest + values, masks)[1]
             scalars = {
                 "charts/pre_adaptation_return": pre,
@@ -946,7 +946,7 @@ if __name__ == "__main__":
                 writer.flush()
                 checkpoint = {
                     "script": SCRIPT,
-                    "args": asdict(args) | {"resume": None, "evaluate": None},
+                    "args": asdict(args) | {"resume": None, "evaluate": None, "runs_dir": Args.runs_dir},
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "iteration": iteration,
