@@ -730,6 +730,7 @@ if __name__ == "__main__":
     if path:
         load_weights(flag, path, agent, optimizer, checkpoint)
         iteration, global_step, eval_rows = checkpoint["iteration"], checkpoint["global_step"], checkpoint["eval_rows"]
+    require(args, "total_timesteps", lambda x: args.evaluate or x > global_step, f"{global_step} are done already; give more")
 
     run_dir, resumes = Path(args.resume or "").parent, Path(args.resume or "").name == "checkpoint.pt"
     if not resumes:

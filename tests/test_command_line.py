@@ -22,7 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 SMALL = {  # settings of a few hundredths of a second an iteration, and their steps an iteration
     "mrl_rl2": ("--env-id Bandit-v0 --env-kwargs k 2 n 4 --num-tasks 8 --hidden-size 8 --num-minibatches 2", 32),
-    "mrl_maml": ("--env-id mrl_rl2:TabularMDP-v0 --env-kwargs n 2 --num-tasks 4 --num-episodes 2 --hidden-size 8", 160),
+    "mrl_maml": (
+        "--env-id mrl_rl2:TabularMDP-v0 --env-kwargs n 2 --num-tasks 4 --num-episodes 2 --adapt-steps 1 --hidden-size 8",
+        160,
+    ),
     "mrl_actor_critic": ("--env-id TabularMDP-v0 --env-kwargs n 2 --num-tasks 4 --num-explorations 2 --hidden-size 8", 160),
 }
 COMMON = "--no-anneal-lr --eval-every 2 --eval-tasks 5 --checkpoint-every 1 --runs-dir runs --torch-threads 1"
@@ -153,26 +156,36 @@ def test_killed_at_random_twenty_times(script, tmp_path):
     folder, rng, kills = tmp_path / "killed", random.Random(0), 0
     folder.mkdir()
     argv = f"{flags} {COMMON} --eval-every 20 --total-timesteps {150 * steps}"
-    runs = lambda: list(folder.glob("runs/*/checkpoint.pt"))  # noqa: E731
     while kills < 20:
-        process = start(script, f"--resume {runs()[0]}" if runs() else argv, folder)
+        paths = list(folder.glob("runs/*/checkpoint.pt"))
+        process = start(script, f"--resume {paths[0]}" if paths else argv, folder)
         process.join(0.3 + 0.7 * rng.random())
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        elif process.exitcode:
-            pytest.fail((folder / "stderr").read_text())
-        kills += 1
-        if runs():
-            torch.load(runs()[0], weights_only=True)
-            csv = runs()[0].parent / "eval.csv"
-            rows = [line.split(",")[:3] for line in csv.read_text().splitlines()] if csv.exists() else []
-            assert len(rows) == len(set(map(tuple, rows)))
-        else:
+            kills += 1
+        assert process.exitcode in (0, -signal.SIGKILL), (folder / "stderr").read_text()
+        for path in folder.glob("runs/*/checkpoint.pt"):
+            torch.load(path, weights_only=True)
+        for path in folder.glob("runs/*/eval.csv"):
+            rows = [tuple(line.split(",")[:3]) for line in path.read_text().splitlines()]
+            assert len(rows) == len(set(rows))
+        paths = list(folder.glob("runs/*/checkpoint.pt"))
+        if process.exitcode == 0:  # it got to its end: check, and begin again
+            assert_same_run(whole, paths[0].parent)
+        if process.exitcode == 0 or not paths:
             shutil.rmtree(folder / "runs", ignore_errors=True)
-    code, _, err = run(script, f"--resume {runs()[0]}", folder)
-    assert code == 0, err
-    assert_same_run(whole, runs()[0].parent)
+    if paths and checkpoint(paths[0].parent)["iteration"] < 150:
+        code, _, err = run(script, f"--resume {paths[0]}", folder)
+        assert code == 0, err
+        assert_same_run(whole, paths[0].parent)
+
+
+@both
+def test_finished_run_wants_more_steps_to_go_on(script, tmp_path):
+    run_dir = train(script, tmp_path, 1)
+    code, _, err = run(script, f"--resume {run_dir}/checkpoint.pt", tmp_path)
+    assert code == 2 and f"--total-timesteps {SMALL[script][1]}" in err and len(err.strip().splitlines()) == 1
 
 
 @both
@@ -232,6 +245,12 @@ def test_bad_input_is_one_line_and_nothing_created(script, flags, named, tmp_pat
     assert code == 2 and out == "", err
     assert named in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", ["mrl_rl2", "mrl_actor_critic"])
+def test_minibatches_that_do_not_divide(script, tmp_path):
+    code, _, err = run(script, f"{SMALL[script][0]} --num-minibatches 3 --runs-dir runs", tmp_path)
+    assert code == 2 and "--num-minibatches 3" in err and "divisor" in err and not (tmp_path / "runs").exists()
 
 
 class Attack:
