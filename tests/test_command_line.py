@@ -383,8 +383,13 @@ def test_two_processes_equal_one(script, tmp_path):
     close = lambda x, y: torch.allclose(x, y, rtol=0, atol=1e-6)  # noqa: E731
     assert equal(checkpoint(one)["agent"], checkpoint(two)["agent"], close)
     assert len(list(two.glob("events*"))) == 1
-    code, _, err = run(script, f"{flags} --num-tasks 7 --runs-dir none", tmp_path)
-    assert code == 2 or script != "mrl_rl2"
+
+
+@both
+def test_tasks_that_do_not_divide_over_the_processes(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(script, f"{SMALL[script][0]} --num-tasks 7 --runs-dir runs", tmp_path)
+    assert code == 2 and "--num-tasks 7" in err and "2 processes" in err and not (tmp_path / "runs").exists()
 
 
 @both
@@ -404,9 +409,10 @@ def test_killed_worker_ends_the_run_and_leaves_the_checkpoint(script, tmp_path):
 
 @both
 def test_script_runs_alone_in_an_empty_folder(script, tmp_path):
-    flags, steps = SMALL[script]
+    """On its own default family."""
     shutil.copy(ROOT / f"{script}.py", tmp_path)
-    command = [sys.executable, f"{script}.py", *flags.split(), *COMMON.split(), "--total-timesteps", str(steps)]
+    flags = "--num-tasks" + SMALL[script][0].split("--num-tasks")[1]
+    command = [sys.executable, f"{script}.py", *flags.split(), *COMMON.split(), "--total-timesteps", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
