@@ -215,7 +215,82 @@ class PointNav(TaskVectorEnv):
         return tuple(frames)
 
 
+class HalfCheetahDir(TaskVectorEnv):
+    """gymnasium's HalfCheetah-v5 that is to run forwards or backwards: reward direction * x_velocity - control cost, direction
+    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on torch's number of
+    threads; mujoco is imported for these families alone."""
+
+    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}
+    body, control_cost = "HalfCheetah-v5", 0.1
+
+    def __init__(self, num_envs=1, render_mode=None):
+        self.robot, self.render_mode = gym.make(self.body, render_mode=render_mode).unwrapped, render_mode
+        model, self.simulate = self.robot.model, importlib.import_module("mujoco.rollout").rollout
+        self.data = [type(self.robot.data)(model) for _ in range(torch.get_num_threads())]
+        self.state = np.zeros((num_envs, 1 + model.nq + model.nv))  # time, positions, velocities
+        self.goal, self.hidden = np.zeros(num_envs), 1 + self.robot.observation_structure["skipped_qpos"]
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state.shape[1] - self.hidden,))
+        super().__init__(num_envs, observation_space, self.robot.action_space, 200)
+
+    def sample_tasks(self, num_tasks, rng):
+        return list(rng.choice([-1.0, 1.0], num_tasks))
+
+    def set_tasks(self, index):
+        self.goal[index] = [self.task[i] for i in index]
+
+    def start(self, mask):
+        for i in np.flatnonzero(mask):
+            self.robot.np_random = self.rngs[i]
+            self.robot.reset_model()
+            self.state[i] = 0, *self.robot.data.qpos, *self.robot.data.qvel
+
+    def act(self, actions):
+        states, _ = self.simulate(self.robot.model, self.data, self.state, actions[:, None], nstep=self.robot.frame_skip)
+        x_velocity = (states[:, -1, 1] - self.state[:, 1]) / self.robot.dt
+        self.state = states[:, -1]
+        return self.reward(x_velocity) - self.control_cost * np.square(actions).sum(-1)
+
+    def reward(self, x_velocity):
+        return self.goal * x_velocity
+
+    def observe(self):
+        return self.state[:, self.hidden :].astype(np.float32)
+
+    def render(self):
+        """One picture for each sub-environment."""
+        frames = []
+        for qpos, qvel in (np.split(state[1:], [self.robot.model.nq]) for state in self.state):
+            self.robot.set_state(qpos, qvel)
+            frames.append(self.robot.render())
+        return tuple(frames)
+
+
+class HalfCheetahVel(HalfCheetahDir):
+    """HalfCheetah with a goal velocity ~ U[0, 2]: reward -|x_velocity - goal| - control cost (Finn et al. 2017, 5.3.2)."""
+
+    def sample_tasks(self, num_tasks, rng):
+        return list(rng.uniform(0, 2, num_tasks))
+
+    def reward(self, x_velocity):
+        return -np.abs(x_velocity - self.goal)
+
+
+class AntDir(HalfCheetahDir):
+    """gymnasium's Ant-v5, without contact forces, that is to walk forwards or backwards: reward direction * x_velocity -
+    control cost + 1 while it is healthy, its height in [0.2, 1]; an episode ends when it is not (Finn et al. 2017, 5.3.2)."""
+
+    body, control_cost = "Ant-v5", 0.5
+
+    def step(self, actions):
+        next_obs, rewards, _, truncated, infos = super().step(actions)
+        healthy = (0.2 <= self.state[:, 3]) & (self.state[:, 3] <= 1)
+        return next_obs, rewards + healthy, ~healthy, truncated, infos
+
+
 gym.register("PointNav-v0", vector_entry_point=PointNav)
+gym.register("HalfCheetahDir-v0", vector_entry_point=HalfCheetahDir)
+gym.register("HalfCheetahVel-v0", vector_entry_point=HalfCheetahVel)
+gym.register("AntDir-v0", vector_entry_point=AntDir)
 
 
 # AGENT

@@ -2,6 +2,8 @@
 and every step of the algorithm against its definition."""
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -563,6 +565,104 @@ def test_no_policy_without_adaptation_beats_the_best_fixed_one():
         weights["log_std"] = torch.full((500, 1, 2), -5.0)
         batch = rollout(envs, weights, list(mirrored), 1, list(range(500)), torch.Generator().manual_seed(seed))
         assert batch["rewards"].sum(-1).mean() < still + 0.5
+
+
+# The MuJoCo families
+
+
+def mujoco_episode(env_id, tasks, num_steps, seed=3):
+    """Random actions for each task's robot and gymnasium's own: actions, velocities, observations of these, and the step."""
+    envs = gym.make_vec(env_id, len(tasks))
+    envs.set_attr("task", list(tasks))
+    robots = [gym.make("Ant-v5" if "Ant" in env_id else "HalfCheetah-v5").unwrapped for _ in tasks]
+    obs, space = envs.reset(seed=[seed + i for i in range(len(tasks))])[0], envs.single_action_space
+    own = [robot.reset(seed=seed + i)[0] for i, robot in enumerate(robots)]
+    np.testing.assert_allclose(obs, np.stack(own)[:, : obs.shape[1]], rtol=1e-6)
+    rng = np.random.default_rng(seed)
+    for _ in range(num_steps):
+        actions = rng.uniform(space.low, space.high, (len(tasks), *space.shape)).astype(np.float32)
+        before = [robot.data.qpos[0] for robot in robots]
+        own = [robot.step(action)[0] for robot, action in zip(robots, actions, strict=True)]
+        x_velocity = np.array([robot.data.qpos[0] - x for robot, x in zip(robots, before, strict=True)]) / robots[0].dt
+        yield actions, x_velocity, np.stack(own), robots, envs.step(actions)
+
+
+@pytest.mark.parametrize("env_id, low", [("HalfCheetahDir-v0", -1), ("HalfCheetahVel-v0", 0), ("AntDir-v0", -1)])
+def test_mujoco_family_is_gymnasiums_robot_with_the_reward_of_a_task(env_id, low):
+    """Same start, same motion as gymnasium's v5 from the same seed; the reward is that of the definition."""
+    tasks = gym.make_vec(env_id, 1).sample_tasks(1000, np.random.default_rng(0))
+    assert set(tasks) == {-1, 1} if low else 0 <= min(tasks) < 0.01 and 1.99 < max(tasks) <= 2
+    assert abs(np.mean(tasks) - (not low)) < 0.13  # four standard errors
+    tasks = np.array(tasks[:4])
+    for actions, x_velocity, own, robots, step in mujoco_episode(env_id, tasks, 15):
+        next_obs, rewards, terminated, truncated, _ = step
+        np.testing.assert_allclose(next_obs, own[:, : next_obs.shape[1]], rtol=1e-4, atol=1e-5)
+        assert next_obs.dtype == np.float32 and not truncated.any()
+        forward = -abs(x_velocity - tasks) if "Vel" in env_id else tasks * x_velocity
+        expected = forward - (0.5 if "Ant" in env_id else 0.1) * (actions**2).sum(-1)
+        if "Ant" in env_id:
+            assert (terminated == [not robot.is_healthy for robot in robots]).all()
+            expected += ~terminated
+        np.testing.assert_allclose(rewards, expected, atol=1e-5)
+
+
+def test_ant_terminates_when_unhealthy():
+    ends = [terminated for *_, (_, _, terminated, _, _) in mujoco_episode("AntDir-v0", [1.0] * 6, 80)]
+    assert not ends[0].any() and np.any(ends)
+
+
+def test_half_cheetah_takes_its_task_at_the_next_reset_and_ends_after_200_steps():
+    envs = gym.make_vec("HalfCheetahDir-v0", 2)
+    envs.set_attr("task", [1.0, -1.0])
+    actions = np.random.default_rng(0).uniform(-1, 1, (200, 1, 6)).repeat(2, 1)
+
+    def episode():
+        envs.reset(seed=[5, 5])
+        steps = [envs.step(action)[:4] for action in actions]
+        obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*steps, strict=True))
+        assert not terminated.any() and not truncated[:-1].any() and truncated[-1].all()
+        return obs, rewards + 0.1 * (actions**2).sum(-1)
+
+    obs, velocity = episode()
+    assert (obs[:, 0] == obs[:, 1]).all()  # one seed, one motion
+    np.testing.assert_allclose(velocity[:, 0], -velocity[:, 1])
+    envs.reset(seed=[5, 5])
+    envs.step(actions[0])
+    envs.set_attr("task", [-1.0, -1.0])
+    np.testing.assert_array_equal(envs.step(actions[1])[1] + 0.1 * (actions[1] ** 2).sum(-1), velocity[1])
+    again, other = episode()
+    assert (again == obs).all() and (other[:, 0] == velocity[:, 1]).all()
+
+
+def test_mujoco_does_not_depend_on_threads_or_neighbours():
+    def episode(num_envs, num_threads):
+        torch.set_num_threads(num_threads)
+        envs = gym.make_vec("AntDir-v0", num_envs)
+        envs.set_attr("task", [1.0] * num_envs)
+        envs.reset(seed=list(range(num_envs)))
+        for t in range(20):
+            step = envs.step(np.full((num_envs, 8), np.sin(t)))
+        return step[0]
+
+    one, two, four = episode(2, 1), episode(2, 2), episode(4, 2)
+    assert (one == two).all() and (one == four[:2]).all() and not np.allclose(four[0], four[1])
+
+
+def test_mujoco_renders_what_it_simulates():
+    try:
+        envs = gym.make_vec("HalfCheetahDir-v0", 2, render_mode="rgb_array")
+        envs.reset(seed=[0, 1])
+        first = envs.render()
+    except Exception as error:
+        pytest.skip(f"no renderer: {error}")
+    envs.step(np.ones((2, 6)))
+    assert len(first) == 2 and first[0].ndim == 3 and (first[0] != envs.render()[0]).any()
+
+
+def test_mujoco_is_imported_for_its_families_alone():
+    """So that the other families run, and start as fast, without it."""
+    code = "import sys, mrl_maml, mrl_rl2, gymnasium; gymnasium.make_vec('PointNav-v0', 2); sys.exit('mujoco' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(mrl_maml.__file__).parent).returncode == 0
 
 
 # The trained agents
