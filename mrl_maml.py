@@ -217,16 +217,21 @@ class PointNav(TaskVectorEnv):
 
 class HalfCheetahDir(TaskVectorEnv):
     """gymnasium's HalfCheetah-v5 that is to run forwards or backwards: reward direction * x_velocity - control cost, direction
-    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on torch's number of
-    threads; mujoco is imported for these families alone."""
+    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on all cores;
+    mujoco is imported for these families alone."""
 
     metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}
     body, control_cost = "HalfCheetah-v5", 0.1
 
     def __init__(self, num_envs=1, render_mode=None):
-        self.robot, self.render_mode = gym.make(self.body, render_mode=render_mode).unwrapped, render_mode
+        try:
+            self.robot = gym.make(self.body, render_mode=render_mode, width=64, height=64).unwrapped
+        except AttributeError as error:  # PyOpenGL's, where the library that MUJOCO_GL names is missing
+            raise gym.error.DependencyNotInstalled(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from error
         model, self.simulate = self.robot.model, importlib.import_module("mujoco.rollout").rollout
-        self.data = [type(self.robot.data)(model) for _ in range(torch.get_num_threads())]
+        self.render_mode, model.vis.quality.shadowsize = render_mode, 0  # shadows take ten times as long as all the rest
+        threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
+        self.data = [type(self.robot.data)(model) for _ in range(threads)]
         self.state = np.zeros((num_envs, 1 + model.nq + model.nv))  # time, positions, velocities
         self.goal, self.hidden = np.zeros(num_envs), 1 + self.robot.observation_structure["skipped_qpos"]
         observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state.shape[1] - self.hidden,))
