@@ -368,7 +368,7 @@ def sample_actions(policy, generator, shard):
     return like + policy.stddev * noise.normal_(generator=generator)[shard[0] :: shard[1]]
 
 
-def step_envs(envs, actions):
+def step_envs(envs, actions, tasks, step):
     """Steps all sub-environments with actions (N, ...), clipped to a Box; restarts none. A result that is not finite stops
     the run: it must not reach the weights."""
     actions, space = actions.cpu().numpy(), envs.single_action_space
@@ -377,7 +377,8 @@ def step_envs(envs, actions):
     next_obs, rewards, terminated, truncated, _ = envs.step(actions)
     finite = np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1)
     if not finite.all():
-        raise FloatingPointError(f"reward or observation of task {finite.argmin()} of the batch")
+        task = finite.argmin() % len(tasks)
+        raise FloatingPointError(f"reward or observation in step {step} of task {task} ({str(tasks[task]):.60})")
     return next_obs, rewards, terminated, truncated
 
 
@@ -400,7 +401,7 @@ def rollout(envs, weights, tasks, num_episodes, seeds, generator, shard=(0, 1)):
             params = mlp(weights, "actor", obs.view(E, M, -1).transpose(0, 1))  # (M, E, A)
             policy_params = params.transpose(0, 1).flatten(0, 1)  # (N, A)
             actions = sample_actions(policy_distribution(policy_params, log_std, discrete), generator, shard)
-            next_obs, rewards, terminated, truncated = step_envs(envs, actions)
+            next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(storage["obs"]))
             step = (obs, actions, policy_params, torch.as_tensor(rewards * running), torch.tensor(running))
             for column, value in zip(storage.values(), step, strict=True):
                 column.append(value)

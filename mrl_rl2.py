@@ -387,7 +387,7 @@ def sample_actions(policy, generator, shard):
     return like + policy.stddev * noise.normal_(generator=generator)[shard[0] :: shard[1]]
 
 
-def step_envs(envs, actions):
+def step_envs(envs, actions, tasks, step):
     """Steps all sub-environments with actions (N, ...), clipped to a Box; restarts none. A result that is not finite stops
     the run: it must not reach the weights."""
     actions, space = actions.cpu().numpy(), envs.single_action_space
@@ -396,7 +396,8 @@ def step_envs(envs, actions):
     next_obs, rewards, terminated, truncated, _ = envs.step(actions)
     finite = np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1)
     if not finite.all():
-        raise FloatingPointError(f"reward or observation of task {finite.argmin()} of the batch")
+        task = finite.argmin() % len(tasks)
+        raise FloatingPointError(f"reward or observation in step {step} of task {task} ({str(tasks[task]):.60})")
     return next_obs, rewards, terminated, truncated
 
 
@@ -419,7 +420,7 @@ def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
             params, values, hidden = agent(inputs[None], hidden)
             policy = policy_distribution(params[0], agent.log_std, agent.discrete)
             actions = sample_actions(policy, generator, shard)
-            next_obs, rewards, terminated, truncated = step_envs(envs, actions)
+            next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(storage["inputs"]))
             done = terminated | truncated
             if done.any():
                 next_obs, _ = envs.reset(options={"reset_mask": done})

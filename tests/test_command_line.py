@@ -247,6 +247,34 @@ def test_bad_input_is_one_line_and_nothing_created(script, flags, named, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+DICTIONARY = """
+import gymnasium as gym
+
+class Dictionary(gym.Env):
+    observation_space, action_space = gym.spaces.Dict(place=gym.spaces.Discrete(3)), gym.spaces.Discrete(2)
+
+    def sample_tasks(self, num_tasks, rng):
+        return [None] * num_tasks
+
+gym.register("Dictionary-v0", entry_point=Dictionary)
+"""
+BAD_PLACES = [  # a file, flags, what the message names
+    ("my_tasks.py", DICTIONARY, "--env-id my_tasks:Dictionary-v0", "observations are Dict"),
+    ("my_tasks.py", "import nothing_of_this_name", "--env-id my_tasks:Tasks-v0", "nothing_of_this_name"),
+    ("mujoco.py", "raise ImportError", "--env-id mrl_maml:AntDir-v0", 'pip install "gymnasium[mujoco]"'),
+    ("moviepy.py", "raise ImportError('no moviepy')", "--env-id mrl_rl2:GridNavi-v0 --capture-video", "install moviepy"),
+]
+
+
+@both
+@pytest.mark.parametrize("file, text, flags, named", BAD_PLACES)
+def test_bad_environment_is_one_line_and_nothing_created(script, file, text, flags, named, tmp_path):
+    (tmp_path / file).write_text(text)
+    code, out, err = run(script, f"{flags} --runs-dir runs", tmp_path)
+    assert code == 2 and out == "" and named in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("script", ["mrl_rl2", "mrl_actor_critic"])
 def test_minibatches_that_do_not_divide(script, tmp_path):
     code, _, err = run(script, f"{SMALL[script][0]} --num-minibatches 3 --runs-dir runs", tmp_path)
@@ -328,6 +356,9 @@ class Diary(gym.Env):
             with open("diary", "a") as file:
                 file.write(f"{sum(self.rewards)}\\n")
         reward = self.rewards[-1] if Diary.steps < self.limit else float("nan")
+        if Diary.steps == self.limit:
+            with open("culprit", "w") as file:
+                file.write(str(self.task))
         return np.array([len(self.rewards), 1], dtype=np.float32), reward, False, False, {}
 
 gym.register("Diary-v0", entry_point=Diary, max_episode_steps=3)
@@ -358,8 +389,11 @@ def test_not_a_number_stops_before_the_update(script, tmp_path):
     code, _, err = run(script, f"{argv} --env-kwargs limit 2000 --runs-dir runs", tmp_path)
     last = err.strip().splitlines()[-1]
     assert code == 1 and "not finite" in last and "--resume" in last and "Traceback" not in err, err
+    assert f"({(tmp_path / 'culprit').read_text():.60})" in last and " in step " in last
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
-    assert all(torch.isfinite(value).all() for value in torch.load(path, weights_only=True)["agent"].values())
+    saved = torch.load(path, weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved["agent"].values())
+    assert f"iteration {saved['iteration'] + 1}:" in last
     code, _, err = run(script, f"{argv} --env-kwargs scale 1e39 --runs-dir huge", tmp_path)  # too large for float32
     assert code == 1 and "not finite" in err.strip().splitlines()[-1] and "Traceback" not in err, err
     assert not list(tmp_path.glob("huge/*/checkpoint.pt"))
