@@ -41,7 +41,6 @@ import tyro
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordVideo
-from torch.distributions import Categorical, Independent, Normal
 from torch.func import grad, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -338,34 +337,50 @@ class Agent(nn.Module):
 
 
 def mlp(weights, head, x):
-    """Two tanh layers and a linear one, for x (B, D) of one task, or (M, B, D) with weights stacked over tasks."""
-    layer = torch.baddbmm if x.dim() == 3 else torch.addmm
-    for i in range(2):
-        x = torch.tanh(layer(weights[f"{head}_b{i}"], x, weights[f"{head}_w{i}"]))
-    return layer(weights[f"{head}_b2"], x, weights[f"{head}_w2"])
+    """Two tanh layers and a linear one, for x (..., D) of one task, or (M, B, D) with weights stacked over tasks."""
+    product, shape = torch.bmm if weights[f"{head}_w0"].dim() == 3 else torch.mm, x.shape[:-1]
+    x = x if product is torch.bmm else x.flatten(0, -2)
+    for i in range(2):  # in place, since passes over memory are what takes the time
+        x = product(x, weights[f"{head}_w{i}"]).add_(weights[f"{head}_b{i}"]).tanh_()
+    return product(x, weights[f"{head}_w2"]).add_(weights[f"{head}_b2"]).view(*shape, -1)
 
 
 # ALGORITHM
-def policy_distribution(params, log_std, discrete):
-    """The policy at `params`: logits or means (..., A); the Gaussian's log-probability is summed over action dimensions."""
-    if discrete:
-        return Categorical(logits=params, validate_args=False)
-    std = log_std.clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
-    return Independent(Normal(params, std.expand_as(params), validate_args=False), 1, validate_args=False)
+def policy(weights, obs):
+    """Logits, or means, (..., A) at obs (..., D), and the log-std of a Gaussian, None where actions are discrete; for one
+    task, or for obs (M, E, D) with weights stacked over tasks."""
+    params = mlp(weights, "actor", obs)
+    if "log_std" not in weights:
+        return params, None
+    return params, weights["log_std"].clamp(-5, 2)  # a step too long must neither freeze the policy nor blow it up
 
 
-def sample_actions(policy, generator, shard):
-    """Draws actions (N, ...), or takes the most probable ones where there is no generator.
+def log_prob(params, log_std, actions):
+    """Log-probability (...) of actions, summed over action dimensions. By hand, as the entropy: torch.distributions takes
+    more passes over the data, which cost time here."""
+    if log_std is None:
+        return params.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+    z = (actions - params) * (-log_std).exp()
+    return -(0.5 * z**2 + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+def policy_entropy(params, log_std):
+    if log_std is None:
+        return -(params.softmax(-1) * params.log_softmax(-1)).sum(-1)
+    return (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
+
+
+def draw_actions(params, log_std, generator, shard):
+    """Draws actions (M, E, ...) at logits or means (M, E, A).
 
     The noise is drawn for the whole meta-batch, of which process `shard[0]` of `shard[1]` takes its share: what is drawn
     for a task does not depend on the number of processes."""
-    if generator is None:
-        return policy.mode
-    like = policy.probs if isinstance(policy, Categorical) else policy.mean  # (N, A)
-    noise = like.new_empty(len(like) * shard[1], like.shape[1])
-    if isinstance(policy, Categorical):  # the first of exponential alarms with these rates is a categorical draw
-        return (like / noise.exponential_(generator=generator)[shard[0] :: shard[1]]).argmax(dim=-1)
-    return like + policy.stddev * noise.normal_(generator=generator)[shard[0] :: shard[1]]
+    noise = params.new_empty(params.shape[1], params.shape[0] * shard[1], params.shape[2])
+    noise = noise.exponential_(generator=generator) if log_std is None else noise.normal_(generator=generator)
+    noise = noise[:, shard[0] :: shard[1]].transpose(0, 1)  # (M, E, A)
+    if log_std is None:  # the first of exponential alarms with these rates is a categorical draw
+        return (params.softmax(-1) / noise).argmax(dim=-1)
+    return params + log_std.exp() * noise
 
 
 def step_envs(envs, actions, tasks, step):
@@ -388,51 +403,50 @@ def rollout(envs, weights, tasks, num_episodes, seeds, generator, shard=(0, 1)):
     Whoever has ended early goes on, masked, until all have. Returns a dict of obs (M, E, T, D), actions (M, E, T, ...),
     (M, E, T) each: logprobs, rewards, masks (1: part of the episode); and what a time limit cut off: last_obs (M, E, D),
     truncated (M, E)."""
-    M, E, discrete = len(tasks), num_episodes, "log_std" not in weights
-    like = weights["actor_w0"]
-    log_std = None if discrete else weights["log_std"].transpose(0, 1).expand(E, M, -1).flatten(0, 1)  # (N, A)
-    storage = {name: [] for name in ("obs", "actions", "params", "rewards", "masks")}
+    M, E, like = len(tasks), num_episodes, weights["actor_w0"]
+
+    def by_task(x):
+        """(N, ...) to (M, E, ...)"""
+        return torch.as_tensor(x, device=like.device).to(like.dtype).unflatten(0, (E, M)).transpose(0, 1)
+
+    obs, actions, params, rewards, masks = [], [], [], [], []
     envs.unwrapped.set_attr("task", list(tasks) * E)
     next_obs, _ = envs.reset(seed=seeds)
     running, cut, last_obs = np.ones(M * E, dtype=bool), np.zeros(M * E, dtype=bool), np.array(next_obs)
     with torch.no_grad():
         while running.any():
-            obs = torch.as_tensor(next_obs, dtype=like.dtype, device=like.device)  # (N, D)
-            params = mlp(weights, "actor", obs.view(E, M, -1).transpose(0, 1))  # (M, E, A)
-            policy_params = params.transpose(0, 1).flatten(0, 1)  # (N, A)
-            actions = sample_actions(policy_distribution(policy_params, log_std, discrete), generator, shard)
-            next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(storage["obs"]))
-            step = (obs, actions, policy_params, torch.as_tensor(rewards * running), torch.tensor(running))
-            for column, value in zip(storage.values(), step, strict=True):
-                column.append(value)
-            ended = running & (terminated | truncated)
-            last_obs[ended], cut[ended] = next_obs[ended], truncated[ended] & ~terminated[ended]
-            running &= ~ended
-            if (terminated | truncated).any() and running.any():
-                next_obs, _ = envs.reset(options={"reset_mask": terminated | truncated})
-    storage = {name: torch.stack(column) for name, column in storage.items()}  # (T, N, ...)
-    policy = policy_distribution(storage.pop("params"), log_std, discrete)
-    storage["logprobs"] = policy.log_prob(storage["actions"])
-    batch = {name: x.unflatten(1, (E, M)).movedim((2, 1), (0, 1)) for name, x in storage.items()}
-    batch |= {"last_obs": torch.as_tensor(last_obs).unflatten(0, (E, M)).transpose(0, 1)}
-    batch |= {"truncated": torch.as_tensor(cut).unflatten(0, (E, M)).transpose(0, 1)}
-    dtypes = {name: None if name == "actions" and discrete else like.dtype for name in batch}
-    return {name: x.to(like.device, dtypes[name]).contiguous() for name, x in batch.items()}
+            obs.append(by_task(next_obs))
+            step_params, log_std = policy(weights, obs[-1])
+            params.append(step_params)
+            actions.append(draw_actions(step_params, log_std, generator, shard))
+            flat = actions[-1].transpose(0, 1).flatten(0, 1)  # (N, ...)
+            next_obs, reward, terminated, truncated = step_envs(envs, flat, tasks, len(masks))
+            rewards.append(reward * running)
+            masks.append(running)
+            if (done := terminated | truncated).any():
+                ended = running & done
+                last_obs[ended], cut[ended] = next_obs[ended], truncated[ended] & ~terminated[ended]
+                running = running & ~done
+                if running.any():
+                    next_obs, _ = envs.reset(options={"reset_mask": done})
+    obs, actions, params = (torch.stack(x, dim=2) for x in (obs, actions, params))  # (M, E, T, ...)
+    rewards, masks = (by_task(np.stack(x, axis=1)) for x in (rewards, masks))  # (M, E, T)
+    logprobs = log_prob(params, None if log_std is None else log_std[:, None], actions)
+    batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "masks": masks}
+    return batch | {"last_obs": by_task(last_obs), "truncated": by_task(cut)}
 
 
 def compute_gae(rewards, values, last_values, masks, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) in each episode; all (..., T), last_values (...).
 
     Behind the last real step of an episode comes its last value: zero where it terminated."""
-    advantages = torch.zeros_like(rewards)
-    next_value, next_advantage = last_values, torch.zeros_like(last_values)
-    for t in reversed(range(rewards.shape[-1])):
-        real = masks[..., t] > 0
-        delta = rewards[..., t] + gamma * next_value - values[..., t]
-        next_advantage = torch.where(real, delta + gamma * gae_lambda * next_advantage, 0.0)
-        next_value = torch.where(real, values[..., t], last_values)
-        advantages[..., t] = next_advantage
-    return advantages
+    has_next = nn.functional.pad(masks[..., 1:], (0, 1)) > 0
+    next_values = torch.where(has_next, values.roll(-1, dims=-1), last_values[..., None])
+    deltas = (rewards + gamma * next_values - values) * masks
+    advantages = [torch.zeros_like(last_values)]
+    for delta in reversed(deltas.unbind(-1)):
+        advantages.append(delta + gamma * gae_lambda * advantages[-1])
+    return torch.stack(advantages[:0:-1], dim=-1)
 
 
 def linear_values(obs, returns, masks, ridge=1e-5):
@@ -490,18 +504,12 @@ def task_mean_and_std(x, masks):
     return mean, (((x - mean) ** 2 * masks).sum((1, 2), keepdim=True) / count).sqrt()
 
 
-def task_policy(weights, obs):
-    """The policy of one task at its observations (E, T, D)."""
-    params = mlp(weights, "actor", obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
-    return policy_distribution(params, weights.get("log_std"), "log_std" not in weights)
-
-
 def critic_loss(weights, batch, gamma):
     """Mean squared error of the critic over one task's batch (E, T), in units of 1 / (1 - gamma), in which it answers; zero
     where there is no critic."""
     if "critic_w0" not in weights:
         return torch.zeros(())
-    values = mlp(weights, "critic", batch["obs"].flatten(0, 1)).view_as(batch["masks"])
+    values = mlp(weights, "critic", batch["obs"]).squeeze(-1)
     return 0.5 * ((values - (1 - gamma) * batch["returns"]) ** 2 * batch["masks"]).sum() / batch["masks"].sum()
 
 
@@ -515,7 +523,7 @@ def inner_loss(weights, batch, args):
 
     With `--exploration-credit` the sampling is accounted for as a whole, in `meta_loss` (E-MAML, Stadie et al. 2018), so it
     is left out here, where it would count twice."""
-    logprobs, masks = task_policy(weights, batch["obs"]).log_prob(batch["actions"]), batch["masks"]  # (E, T)
+    logprobs, masks = log_prob(*policy(weights, batch["obs"]), batch["actions"]), batch["masks"]  # (E, T)
     logratio = (logprobs - (batch["logprobs"] if args.inner_loss == "ratio" else logprobs.detach())) * masks
     if args.inner_loss == "log-prob" or args.exploration_credit:
         surrogate = logratio.exp().detach() * logprobs
@@ -542,12 +550,12 @@ def adapt(weights, inner_lr, batch, args):
 
 def clipped_loss(weights, batch, args):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) for one task. Returns what `meta_loss` does."""
-    policy, masks, advantages = task_policy(weights, batch["obs"]), batch["masks"], batch["advantages"]
-    logratio = (policy.log_prob(batch["actions"]) - batch["logprobs"]) * masks  # (E, T)
+    masks, advantages, (params, log_std) = batch["masks"], batch["advantages"], policy(weights, batch["obs"])
+    logratio = (log_prob(params, log_std, batch["actions"]) - batch["logprobs"]) * masks  # (E, T)
     ratio = logratio.exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * advantages)
     approx_kl, clipfrac = (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > args.clip_coef).to(masks.dtype)
-    means = [(x * masks).sum() / masks.sum() for x in (policy_loss, policy.entropy(), approx_kl, clipfrac)]
+    means = [(x * masks).sum() / masks.sum() for x in (policy_loss, policy_entropy(params, log_std), approx_kl, clipfrac)]
     return means[0], critic_loss(weights, batch, args.gamma), *means[1:]
 
 
@@ -560,7 +568,7 @@ def meta_loss(weights, inner_lr, batches, args):
     losses, log_likelihood = [], 0.0
     for step_lr, batch, next_batch in zip(inner_lr, batches[:-1], batches[1:], strict=True):
         if args.exploration_credit:
-            logprobs = task_policy(weights, batch["obs"]).log_prob(batch["actions"])
+            logprobs = log_prob(*policy(weights, batch["obs"]), batch["actions"])
             log_likelihood = log_likelihood + (logprobs * batch["masks"]).sum()
         weights = adapt(weights, step_lr, batch, args)
         if args.every_step or next_batch is batches[-1]:

@@ -13,10 +13,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Categorical, Independent, Normal
 from torch.func import grad, vmap
 
 import mrl_maml
-from mrl_maml import Agent, Args, adapt, add_advantages, collect, compute_gae, linear_values, meta_loss, rollout, task_policy
+from mrl_maml import Agent, Args, adapt, add_advantages, collect, compute_gae, linear_values, log_prob, meta_loss, rollout
 
 RESULTS = Path(__file__).parent / "results"
 DOUBLE = torch.float64
@@ -116,7 +117,7 @@ class Problem:
         return {name: torch.randn_like(w) * 0.7 for name, w in agent.weights.items()}
 
     def logprobs(self, weights):
-        return task_policy(weights, self.obs).log_prob(self.actions)  # (J, T)
+        return log_prob(*mrl_maml.policy(weights, self.obs), self.actions)  # (J, T)
 
     def probs(self, weights):
         return self.logprobs(weights).sum(1).exp() * self.env_probs  # (J,)
@@ -286,7 +287,7 @@ def test_tasks_at_once_equal_a_loop_over_tasks(env_id, num_steps, inner_loss):
     args, agent, batches = play(env_id, 3, num_steps, **flags)
 
     def plain_step(weights, step_lr, batch):
-        logprobs = task_policy(weights, batch["obs"]).log_prob(batch["actions"])
+        logprobs = log_prob(*mrl_maml.policy(weights, batch["obs"]), batch["actions"])
         losses = []
         for e, length in enumerate(batch["masks"].sum(-1).int().tolist()):
             earlier = 1.0
@@ -305,7 +306,7 @@ def test_tasks_at_once_equal_a_loop_over_tasks(env_id, num_steps, inner_loss):
         for step_lr, batch in zip(rates(agent, args, num_steps), own, strict=False):
             weights = plain_step(weights, step_lr, batch)
         last = own[-1]
-        logprobs = task_policy(weights, last["obs"]).log_prob(last["actions"])
+        logprobs = log_prob(*mrl_maml.policy(weights, last["obs"]), last["actions"])
         assert ((logprobs - last["logprobs"]) * last["masks"]).abs().max() < 1e-6  # the weights that played the last episodes
         total = total - ((logprobs - logprobs.detach()).exp() * last["advantages"] * last["masks"]).sum() / last["masks"].sum()
     parameters = list(agent.parameters())
@@ -506,6 +507,30 @@ def test_log_probability_is_summed_over_action_dimensions():
     assert batch["actions"].abs().max() > 0.1  # the sample; the environment moved by what was clipped
     moved = batch["obs"][:, :, 1:] - batch["obs"][:, :, :-1]
     torch.testing.assert_close(moved, batch["actions"][:, :, :-1].clamp(-0.1, 0.1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("log_std", [None, torch.tensor([[-0.5, 0.2, -2.0]], dtype=DOUBLE)])
+def test_policy_against_torch_distributions(log_std):
+    """Log-probability, entropy, and what is drawn: for all processes together what one process draws."""
+    params = torch.randn(6, 1, 3).expand(6, 50000, 3)  # (M, E, A)
+    expected = (
+        Categorical(logits=params) if log_std is None else Independent(Normal(params, log_std.exp().expand_as(params)), 1)
+    )
+    actions = mrl_maml.draw_actions(params, log_std, torch.Generator().manual_seed(0), (0, 1))
+    torch.testing.assert_close(log_prob(params, log_std, actions), expected.log_prob(actions))
+    entropy = mrl_maml.policy_entropy(params, log_std).expand(6, 50000)
+    torch.testing.assert_close(entropy, expected.entropy())
+    surprise = -expected.log_prob(actions)
+    assert ((surprise.mean(1) - entropy[:, 0]).abs() < 5 * surprise.std(1) / 50000**0.5).all()
+    if log_std is None:
+        frequencies = torch.nn.functional.one_hot(actions, 3).to(DOUBLE).mean(1)
+        torch.testing.assert_close(frequencies, expected.probs[:, 0], atol=0.01, rtol=0)
+    else:
+        z = (actions - params) / log_std.exp()
+        torch.testing.assert_close(z.flatten(0, 1).T.cov(), torch.eye(3), atol=0.02, rtol=0)
+    for rank in range(2):
+        share = mrl_maml.draw_actions(params[rank::2], log_std, torch.Generator().manual_seed(0), (rank, 2))
+        torch.testing.assert_close(share, actions[rank::2])
 
 
 @pytest.mark.parametrize("rate", [1e6, -1e6])
