@@ -4,6 +4,7 @@ python tests/benchmark.py players              reference players: classical algo
 python tests/benchmark.py evaluate             every trained agent of tests/results on held-out tasks, beside the players
 python tests/benchmark.py tables               the README's tables again, out of what evaluate wrote
 python tests/benchmark.py curves               learning curves of their trainings, a picture for each script
+python tests/benchmark.py cheetah                the curves of HalfCheetah, MAML beside RL²
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
 python tests/benchmark.py baselines            PointNav from a random start and from one trained on all tasks
@@ -336,6 +337,9 @@ EVALUATIONS = (
     ("maml_point_nav", "PointNav", ""),
     ("maml_point_nav_one_step", "PointNav", ""),
     ("maml_tabular_mdp", "TabularMDP", "--eval-tasks 1000"),
+    ("maml_half_cheetah_dir", "HalfCheetahDir", "--eval-tasks 40 --eval-adapt-steps 3"),
+    ("maml_half_cheetah_vel", "HalfCheetahVel", "--eval-tasks 40 --eval-adapt-steps 3"),
+    ("rl2_half_cheetah_dir", "HalfCheetahDir in 2 episodes", "--eval-tasks 400"),
     ("actor_critic_tabular_mdp", "TabularMDP n=10", "--eval-tasks 4000"),
     ("actor_critic_tabular_mdp at n=100", "TabularMDP n=100", "--eval-tasks 600 --eval-episodes 100"),
     ("actor_critic_point_nav", "PointNav", ""),
@@ -494,6 +498,26 @@ def curves(checkpoints: tyro.conf.Positional[tuple[Path, ...]] = ()):
         write_csv(f"curves_{script}.csv", columns, [(t, s, *r) for t in tasks for s in tasks[t] for r in tasks[t][s]])
 
 
+def cheetah():
+    """HalfCheetah on held-out tasks against env steps, MAML beside RL² -> curves_half_cheetah.png, .csv"""
+    columns, table = ("agent", "global_step", "split", "adaptation", "mean_return", "stderr", "num_tasks"), []
+    figure, axes = new_figure(2)
+    for axis, family in zip(axes, ("Dir", "Vel"), strict=True):
+        for path in sorted(RESULTS.glob(f"*_half_cheetah_{family.lower()}.pt")):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            rows = [row for row in saved["eval_rows"] if row[1] == "heldout"]
+            table += [(path.stem, *row) for row in rows]
+            for k in sorted({row[2] for row in rows}):
+                label = f"MAML after {k} step{'s' * (k != 1)}" if "maml" in path.stem else f"RL², episode {k}"
+                step, mean, error = np.array([(row[0] / 1e6, row[3], row[4]) for row in rows if row[2] == k]).T
+                axis.errorbar(step, mean, error, label=label, color=COLOURS[len(axis.containers)], elinewidth=0.7)
+        axis.set(title=f"HalfCheetah{family}", xlabel="environment steps (millions)", xlim=(0, None))
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("return of an episode, held-out")
+    save_figure(figure, "curves_half_cheetah.png")
+    write_csv("curves_half_cheetah.csv", columns, table)
+
+
 def adaptation():
     """Return of each episode of a trial by the trained agents -> adaptation.png"""
     agents, names = defaultdict(list), {"rl2": "RL²", "actor_critic": "meta actor-critic"}
@@ -631,5 +655,5 @@ def speed(threads: int = 2, iterations: int = 20):
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {f.__name__: f for f in (players, evaluate, tables, curves, adaptation, trajectories, baselines, speed)}
+        {f.__name__: f for f in (players, evaluate, tables, curves, cheetah, adaptation, trajectories, baselines, speed)}
     )
