@@ -464,7 +464,7 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
     (N, R, L, D), actions (N, R, L, ...), rows, next_rows (N, R, L, K), which are the actor's expectation of x(a) there, and
     (N, R, L) each: logprobs, rewards, terminated, dones, masks (1: a real step), episodes (from 0)."""
     like, rounds = agent.prior_mean, []
-    envs.set_attr("task", list(tasks))
+    envs.unwrapped.set_attr("task", list(tasks))
     sums = [like.new_zeros(envs.num_envs, *shape) for shape in ([len(like)] * 2, [len(like)] * 2, [len(like)])]
     for r in range(num_rounds + exploit):
         explore = r < num_rounds
