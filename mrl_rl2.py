@@ -5,11 +5,11 @@
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
-A trial is E episodes of one task. The network reads the observation, the previous action, the previous reward and whether
-an episode has just ended; its hidden state is carried through all episodes of the trial, so what it has seen of the task
-is in there and acting on it is the adaptation: no gradient step is taken in a task. Upstairs, PPO (Schulman et al. 2017)
-maximises the return of the whole trial over many tasks. Advantages and hidden state therefore run across episode ends and
-are cut at the end of the trial alone; nothing comes after a trial, so nothing is bootstrapped there.
+A trial is E episodes of one task. The network reads the observation, the step that led there (observation, action, reward)
+and whether an episode has just ended; its hidden state is carried through all episodes of the trial, so what it has seen of
+the task is in there and acting on it is the adaptation: no gradient step is taken in a task. Upstairs, PPO (Schulman et al.
+2017) maximises the return of the whole trial over many tasks. Advantages and hidden state therefore run across episode ends
+and are cut at the end of the trial alone; nothing comes after a trial, so nothing is bootstrapped there.
 
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
@@ -17,7 +17,7 @@ are cut at the end of the trial alone; nothing comes after a trial, so nothing i
     tensorboard --logdir runs
 
 Shapes: M tasks of a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size,
-I = D + A + 2 input size, H hidden size.
+I = 2 D + A + 2 input size, H hidden size.
 """
 
 import importlib
@@ -333,19 +333,34 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 
 
 class Agent(nn.Module):
-    """A GRU reads the trial; actor and critic read its hidden state and, once more, the observation (Beck et al. 2023)."""
+    """A GRU reads the trial. Actor and critic read its hidden state together with the observation, through a layer and
+    through weights on the observation that the hidden state makes (a recurrent hypernetwork, Beck et al. 2023)."""
 
     def __init__(self, obs_dim, action_space, hidden_size):
         super().__init__()
         self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        self.gru = nn.GRU(obs_dim + self.action_dim + 2, hidden_size)
+        self.gru = nn.GRU(2 * obs_dim + self.action_dim + 2, hidden_size)
         self.trunk = nn.Sequential(layer_init(nn.Linear(hidden_size + obs_dim, hidden_size)), nn.Tanh())
         self.actor = layer_init(nn.Linear(hidden_size, self.action_dim), std=0.01)
         self.critic = layer_init(nn.Linear(hidden_size, 1), std=1.0)
+        self.hypernetwork = layer_init(nn.Linear(hidden_size, (self.action_dim + 1) * obs_dim), std=0.01)
         self.log_std = nn.Parameter(torch.zeros(0 if self.discrete else self.action_dim))
         self.register_buffer("return_mean", torch.tensor(0.0))
         self.register_buffer("return_std", torch.tensor(0.0))
+        self.open_gates_seldom()
+
+    @torch.no_grad()
+    def open_gates_seldom(self, gain=5.0, threshold=8.0):
+        """Starts the GRU as a memory: each unit writes the reward for a few pairs of previous observation and action, its own
+        ones, and keeps its state at all others. PyTorch's own start forgets half of everything at each step."""
+        for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0):
+            nn.init.zeros_(parameter)
+        _, update, new = self.gru.weight_ih_l0.chunk(3)  # (H, I) each; an update gate of 1 keeps the state
+        nn.init.zeros_(update)
+        nn.init.normal_(update[:, self.obs_dim : -2], std=gain)
+        nn.init.constant_(self.gru.bias_ih_l0.chunk(3)[1], threshold)
+        new[:, -2] = torch.randn(len(new)).sign() / 2
 
     def update_return_scale(self, returns, masks):
         """Follows mean and deviation of the returns (L, M), in whose units the critic answers, so that its loss is O(1)."""
@@ -359,9 +374,11 @@ class Agent(nn.Module):
 
         Returns the logits, or means, of the actions (L, M, A), the values (L, M) and the hidden state after the last step."""
         memory, hidden = self.gru(inputs, hidden)  # (L, M, H)
-        features = self.trunk(torch.cat([memory, inputs[..., : self.obs_dim]], dim=-1))
-        values = self.return_mean + self.return_std * self.critic(features).squeeze(-1)
-        return self.actor(features), values, hidden
+        obs = inputs[..., : self.obs_dim]
+        features = self.trunk(torch.cat([memory, obs], dim=-1))
+        weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, self.obs_dim))
+        params = torch.cat([self.actor(features), self.critic(features)], dim=-1) + (weights @ obs[..., None]).squeeze(-1)
+        return params[..., :-1], self.return_mean + self.return_std * params[..., -1], hidden
 
 
 # ALGORITHM
@@ -411,7 +428,7 @@ def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
     envs.unwrapped.set_attr("task", list(tasks))
     next_obs, _ = envs.reset(seed=seeds)
     episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=device)  # (M,)
-    previous = torch.zeros(envs.num_envs, agent.action_dim + 2, dtype=dtype, device=device)  # action, reward, episode end
+    previous = torch.zeros(envs.num_envs, agent.gru.input_size - agent.obs_dim, dtype=dtype, device=device)
     hidden = None
     with torch.no_grad():
         while (episodes < num_episodes).any():
@@ -440,7 +457,7 @@ def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
                 column.append(value)
             # The last reward of an episode and its end are read together with the first observation of the next episode.
             encoded = nn.functional.one_hot(actions, space.n) if agent.discrete else actions
-            previous = torch.cat([encoded.to(dtype), rewards[:, None], done[:, None].to(dtype)], dim=-1)
+            previous = torch.cat([obs, encoded.to(dtype), rewards[:, None], done[:, None].to(dtype)], dim=-1)
             episodes = episodes + done
     return {name: torch.stack(column) for name, column in storage.items()}
 

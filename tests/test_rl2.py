@@ -105,7 +105,7 @@ def test_inputs_at_episode_boundaries():
     and no row of the batch is one of gymnasium's autoreset rows."""
     agent, batch, tasks = play("Countdown-v0", 16, 3)
     inputs, masks, episodes = batch["inputs"], batch["masks"].bool(), batch["episodes"]
-    obs, action, reward, ended = inputs.split([2, 3, 1, 1], dim=-1)
+    obs, previous_obs, action, reward, ended = inputs.split([2, 2, 3, 1, 1], dim=-1)
     assert (inputs[0, :, 2:] == 0).all()
     torch.testing.assert_close(action[1:].argmax(-1), batch["actions"][:-1])
     torch.testing.assert_close(reward[1:, :, 0], batch["rewards"][:-1])
