@@ -84,6 +84,32 @@ def test_sequence_pass_equals_step_by_step_pass():
     torch.testing.assert_close(last, hidden, atol=1e-5, rtol=0)
 
 
+def test_each_unit_starts_as_a_memory_of_a_few_transitions():
+    """With one-hot observations the logit of an update gate is the threshold + N(0, 2 gain^2): a unit writes for 12.9% of all
+    pairs of observation and action, and keeps its state for the others. The margin is four standard errors over units."""
+    torch.manual_seed(0)
+    agent = Agent(10, gym.spaces.Discrete(5), hidden_size=2048)
+    pairs = torch.cartesian_prod(torch.arange(10), torch.arange(5))
+    inputs = torch.zeros(1, 50, 27)
+    inputs[0, range(50), 10 + pairs[:, 0]] = inputs[0, range(50), 20 + pairs[:, 1]] = inputs[..., 25] = 1
+    kept = agent(inputs, torch.ones(1, 50, 2048))[2] - agent(inputs, torch.zeros(1, 50, 2048))[2]  # the update gates
+    writes = (kept[0] < 0.5).double().mean(0)
+    assert abs(writes.mean() - 0.1289) < 4 * writes.std() / 2048**0.5
+
+
+def test_the_hidden_state_makes_weights_on_the_observation():
+    """Where nothing comes through the layer, actor and critic are linear in the observation, with the weights made for it."""
+    envs, agent, _ = make("GridNavi-v0", 1)
+    torch.nn.init.zeros_(agent.actor.weight), torch.nn.init.zeros_(agent.critic.weight)
+    torch.nn.init.normal_(agent.hypernetwork.weight)
+    agent.return_std.fill_(1.0)
+    hidden, inputs = torch.randn(1, 4, 16), torch.rand(1, 4, 11)
+    params, values, memory = agent(inputs, hidden)
+    weights = agent.hypernetwork(memory[0]).view(4, 6, 2)
+    expected = torch.einsum("mad,md->ma", weights, inputs[0, :, :2])
+    torch.testing.assert_close(torch.cat([params[0], values[0, :, None]], dim=-1), expected)
+
+
 def test_gae_equals_its_definition_over_the_whole_trial():
     """Trap 6: sums of TD errors run across episode ends and stop at the end of the trial, whose value is zero."""
     rng, gamma, lam = np.random.default_rng(0), 0.9, 0.7
