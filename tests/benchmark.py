@@ -329,6 +329,7 @@ def run_script(runs_dir, script, *flags, processes=1, threads=1):
 
 # (row name, which begins with the checkpoint's in tests/results; task of players.csv; flags of the evaluation)
 EVALUATIONS = (
+    ("rl2_bandit_k5_n10", "Bandit k=5 n=10", "--eval-tasks 100000"),
     ("rl2_bandit_k5_n100", "Bandit k=5 n=100", "--eval-tasks 20000"),
     ("rl2_tabular_mdp_n10", "TabularMDP n=10", "--eval-tasks 4000"),
     ("rl2_tabular_mdp_n10 at n=100", "TabularMDP n=100", "--eval-tasks 600 --env-kwargs n 100"),
