@@ -34,6 +34,7 @@ size, A action size, K rows of features (A, or 1 + A for a Box), W weights of th
 import importlib
 import inspect
 import io
+import math
 import os
 import signal
 import sys
@@ -288,24 +289,24 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        self.num_rows = self.action_dim if self.discrete else 1 + self.action_dim
-        num_known = obs_dim * self.action_dim if self.discrete else obs_dim + self.num_rows
-        num_weights = num_known + args.num_features
+        # Each discrete action has a block of weights of its own: what is seen of one says nothing about the others.
+        self.num_blocks, self.num_rows = (self.action_dim, 1) if self.discrete else (1, 1 + self.action_dim)
+        shape = self.num_blocks, (obs_dim if self.discrete else obs_dim + self.num_rows) + args.num_features  # (B, W)
         low, high = (torch.as_tensor(getattr(action_space, name, np.inf)) for name in ("low", "high"))
         bounded = torch.isfinite(low) & torch.isfinite(high)  # a Gaussian of unit scale spans a Box, which is kept here
         self.register_buffer("box_center", torch.where(bounded, (low + high) / 2, 0.0).flatten())
         self.register_buffer("box_scale", torch.where(bounded, (high - low) / 2, 1.0).flatten())
         # Meta-policy: the start of each task's actor, and the temperature of the actor's step.
-        self.policy = make_network(obs_dim + num_weights, args.hidden_size, self.action_dim, 0.01)
+        self.policy = make_network(obs_dim + 2 * math.prod(shape), args.hidden_size, self.action_dim, 0.01)
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.7))
         self.log_temperature = nn.Parameter(torch.tensor(args.temperature).log())
         # Meta-value function: features, prior mean and precision of their weights, discount factor.
         self.value = make_network(obs_dim, args.hidden_size, self.num_rows * args.num_features, 1.0)
-        self.prior_mean = nn.Parameter(torch.zeros(num_weights))
-        self.log_precision = nn.Parameter(torch.zeros(num_weights))
+        self.prior_mean = nn.Parameter(torch.zeros(shape))
+        self.log_precision = nn.Parameter(torch.zeros(shape))
         self.prior_level = nn.Parameter(torch.zeros(2))  # of rewards before any data, and of log-precisions
-        num_level = num_known if self.discrete else 1  # a one-hot observation, or the constant, has it in Q
-        self.register_buffer("is_level", (torch.arange(num_weights) < num_level).to(self.prior_mean.dtype))
+        num_level = obs_dim if self.discrete else 1  # a one-hot observation, or the constant, has it in Q
+        self.register_buffer("is_level", (torch.arange(shape[1]) < num_level).to(self.prior_mean.dtype))
         self.logit_gamma = nn.Parameter(torch.tensor(0.0))
         # Meta action selection: optimism and noise, each a + b log(1 + rounds left). Plain exploration has no optimism.
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.3]) * args.meta_action_selection)
@@ -317,10 +318,15 @@ class Agent(nn.Module):
                 if name.startswith(tuple(names.split())):
                     parameter.requires_grad_(learned)
 
-    def prior(self, gamma):
-        """Mean and precision (W,) of the critic's weights before any data of a task."""
+    def prior(self, gamma=None):
+        """Mean and precision (B, W) of the critic's weights before any data of a task."""
+        gamma = self.logit_gamma.sigmoid() if gamma is None else gamma
         level = self.prior_level[0] / (1 - gamma) * self.is_level
         return self.prior_mean + level, (self.log_precision + self.prior_level[1]).exp()
+
+    def selection(self, rounds_left):
+        """Optimism beta and log-noise (...) of exploration, with so many rounds of the trial to come after this one."""
+        return [x[0] + x[1] * (1 + rounds_left).log() for x in (self.optimism, self.noise)]
 
     def to_box(self, actions):
         return actions if self.discrete else self.box_center + self.box_scale * actions
@@ -364,96 +370,104 @@ def step_envs(envs, actions, tasks, step):
 
 
 def critic_features(agent, obs):
-    """Rows X (..., K, W) for observations (..., D), so that f(s, a) = sum_k x_k(a) X_k(s), with x from `action_rows`.
+    """Rows X (..., B, K, W) for observations (..., D), so that f(s, a) = sum_k x_k(a) X_k(s), with x from `action_rows`.
 
-    The first features are the observation itself, for each action of a discrete space; or 1, the observation and the
-    action, of a Box. The last ones are learned: a network of the observation, linear in the action of a Box."""
+    The first features are the observation itself; of a Box 1, the observation and the action. The last ones are learned: a
+    network of the observation, linear in the action of a Box. Each action of a discrete space is a block of one row."""
     learned = agent.value(obs).unflatten(-1, (agent.num_rows, -1))
     if agent.discrete:
-        known = torch.eye(agent.num_rows, dtype=obs.dtype, device=obs.device)[:, :, None] * obs[..., None, None, :]
-        return torch.cat([known.flatten(-2), learned], dim=-1)
+        row = torch.cat([obs, learned.squeeze(-2)], dim=-1)
+        return row[..., None, None, :].expand(*obs.shape[:-1], agent.num_blocks, -1, -1)
     first = nn.functional.pad(obs, (1, 0), value=1.0).unsqueeze(-2)  # (..., 1, 1 + D)
     known = nn.functional.pad(first, (0, 0, 0, agent.action_dim))
     actions = torch.eye(agent.num_rows, dtype=obs.dtype, device=obs.device)[:, 1:].expand(*obs.shape[:-1], -1, -1)
-    return torch.cat([known, actions, learned], dim=-1)
+    return torch.cat([known, actions, learned], dim=-1).unsqueeze(-3)
 
 
 def action_rows(agent, actions):
-    """x(a) (..., K): an action one-hot, or the probabilities of all for their expectation; (1, a) for a Box."""
+    """x(a) (..., B K): an action one-hot, or the probabilities of all for their expectation; (1, a) for a Box."""
     if not agent.discrete:
         return nn.functional.pad(actions, (1, 0), value=1.0)
-    return actions if actions.is_floating_point() else nn.functional.one_hot(actions, agent.num_rows).to(agent.prior_mean)
+    return actions if actions.is_floating_point() else torch.eye(agent.num_blocks).to(agent.prior_mean)[actions]
 
 
-def statistics(features, next_features, rewards):
-    """What a task's data (..., L, W) and (..., L) say about w: F'F, F'F_next, F'r; sums over steps, so they add up."""
-    return features.mT @ features, features.mT @ next_features, (features.mT @ rewards[..., None]).squeeze(-1)
+def combine(rows, features):
+    """sum_k x_k X_k (..., B W) for x (..., B K) and X (..., B, K, W)."""
+    return (rows.view(*features.shape[:-1], 1) * features).sum(-2).flatten(-2)
 
 
-def adapt(agent, grams, transitions, moments, gamma=None):
-    """The critic of a task in closed form: regularised LSTD-Q (Lagoudakis & Parr 2003), from the sums of `statistics`.
+def adapt(weights, inverse, features, differences, rewards):
+    """The critic after L more steps in closed form: regularised LSTD-Q (Lagoudakis & Parr 2003), all tasks in one batch.
 
-    Solves  sum_t f_t (f_t - gamma f_next)' w + P (w - w_0) = sum_t f_t r_t,  so that w'f is the fixed point of
-    Q(s, a) = r + gamma E Q(s', a') with prior mean w_0 and prior precision P (diagonal). Returns the weights w (..., W) and
-    their covariance C = (F'F + P)^-1 (..., W, W), in units of the reward's noise; all tasks in one batch."""
-    gamma = agent.logit_gamma.sigmoid() if gamma is None else gamma
-    mean, precision = agent.prior(gamma)
-    prior = torch.diag(precision)
-    weights = torch.linalg.solve_ex(grams - gamma * transitions + prior, moments + precision * mean)[0]
-    covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(grams + prior)[0])
-    return weights, covariance
+    With f (..., L, B W) and d = f - gamma f_next, it solves  A w = P w_0 + sum_t f_t r_t,  A = P + sum_t f_t d_t',  so that
+    w'f is the fixed point of Q(s, a) = r + gamma E Q(s', a') with prior mean w_0 and prior precision P. From the solution
+    without these steps, by Woodbury's identity: returns the weights (..., B W) and A^-1 (..., B W, B W)."""
+    left, right = inverse @ features.mT, differences @ inverse
+    errors = rewards[..., None] - differences @ weights[..., None]
+    system = torch.eye(rewards.shape[-1], dtype=rewards.dtype, device=rewards.device) + differences @ left
+    solved = left @ torch.linalg.solve_ex(system, torch.cat([right, errors], dim=-1))[0]
+    return weights + solved[..., -1], inverse - solved[..., :-1]
 
 
-def actor(agent, obs, features, weights, spread=None, rounds_left=None):
+def knowledge(prior, weights, variances):
+    """What pi_theta reads of the critic (..., 2 B W): w - w_0, and how uncertain each weight is, from 1 (as before any data)
+    to 0. Prior mean and precision (..., B W), weights and the covariance's diagonal (..., B W)."""
+    return torch.cat([weights - prior[0], (variances * prior[1]).clamp(min=1e-8).sqrt()], dim=-1)
+
+
+def actor(agent, obs, features, weights, known, gains=None, selection=None):
     """The actor of a task in closed form: the natural policy gradient step pi(a|s) ~ pi_theta(a|s) exp(Q(s, a) / temperature).
 
-    Critic features X (..., K, W) and weights w (..., W). Given the critic's covariance `spread` X C X' (..., K, K), actions
-    are chosen for learning: Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and
-    log-stds. For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
-    q = (features @ weights[..., None]).squeeze(-1)  # (..., K)
-    learned = weights - agent.prior(agent.logit_gamma.sigmoid())[0]  # what the critic knows of the task, pi_theta reads
-    start = agent.policy(torch.cat([obs, learned], dim=-1))  # (..., A)
-    bonus, log_noise = torch.zeros_like(q), q.new_zeros(1)
-    if spread is not None:
-        levels = torch.stack([torch.ones_like(rounds_left), (1 + rounds_left).log()], dim=-1)  # (..., 2)
-        beta, log_noise = (levels @ agent.optimism)[..., None], (levels @ agent.noise)[..., None]
+    Critic features X (..., B, K, W), weights w (..., B W), and what is `known` of them, for pi_theta. Given `gains` X C
+    (..., B, K, W) by the critic's covariance C, actions are chosen for learning, with the optimism and noise of
+    `Agent.selection`: Q + beta sigma stands for Q, and the noise is scaled. Returns logits or means (..., A), and log-stds.
+    For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
+    q = (features * weights.view(*features.shape[:-2], 1, -1)).sum(-1).flatten(-2)  # (..., B K)
+    start = agent.policy(torch.cat([obs, known], dim=-1))  # (..., A)
+    log_std, temperature = agent.log_std, agent.log_temperature.exp()
+    if gains is not None:
+        beta, log_noise = (x[..., None] for x in selection)
         if agent.discrete:
-            bonus = beta * spread.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
+            q = q + beta * (gains * features).sum((-2, -1)).clamp(min=1e-8).sqrt()
+            temperature, start = temperature * log_noise.exp(), start * (-log_noise).exp()
         else:  # the gradient of sigma where the step starts
             x = action_rows(agent, start)
-            along = (spread @ x[..., None]).squeeze(-1)  # (..., K)
-            bonus = beta * along / (x * along).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
-    step = (q + bonus) * (-agent.log_temperature).exp()
+            along = (gains.squeeze(-3) @ combine(x, features)[..., None]).squeeze(-1)  # (..., K)
+            q = q + beta * along / (x * along).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
+            log_std = log_std + log_noise
     if agent.discrete:
-        return (start + step) * (-log_noise).exp(), agent.log_std
-    return start + (2 * agent.log_std).exp() * step[..., 1:], agent.log_std + log_noise
+        return start + q / temperature, log_std
+    return start + (2 * agent.log_std).exp() * q[..., 1:] / temperature, log_std
 
 
-def expected_rows(agent, obs, features, weights):
-    """E x(a) (..., K) under the actor itself, without exploration: it is this policy whose Q the critic is solved for."""
-    params, _ = actor(agent, obs, features, weights)
+def expected_rows(agent, *state):
+    """E x(a) (..., B K) under the actor itself, without exploration: it is this policy whose Q the critic is solved for."""
+    params, _ = actor(agent, *state)
     return action_rows(agent, params.softmax(-1) if agent.discrete else params)
 
 
 def refine(weights, features, gains, errors):
-    """The same regression after one more step: f (..., W), C f (..., W) and the TD error (...), a Kalman update of rank one.
+    """The regression on the round's targets after one more step, Kalman: f (..., B W), C f (..., B W), TD error (...).
 
-    Returns the weights and v (..., W): the covariance is C - v v' now."""
+    Returns the weights and v (..., B W): the covariance is C - v v' now."""
     scale = 1 + (features * gains).sum(-1, keepdim=True)
     return weights + gains / scale * errors[..., None], gains / scale.sqrt()
 
 
 def refine_path(weights, covariance, features, errors):
-    """`refine` before each of L steps at once: features (..., L, W), TD errors (..., L) under the weights at the start.
+    """`refine` before each of L steps at once: covariance (..., B, W, W), features (..., L, B W), TD errors (..., L) under the
+    weights at the start.
 
-    Returns weights (..., L, W) and V (..., L, W), so that the covariance before step t is C - sum_{i<t} v_i v_i'."""
-    gains = features @ covariance
+    Returns weights (..., L, B W) and V (..., B, L, W), so that the covariance before step t is C - sum_{i<t} v_i v_i'."""
+    blocks = features.unflatten(-1, covariance.shape[-3:-1]).transpose(-3, -2)  # (..., B, L, W)
+    gains = blocks @ covariance
     noise = torch.eye(features.shape[-2], dtype=features.dtype, device=features.device)
-    factor = torch.linalg.cholesky_ex(gains @ features.mT + noise)[0]
-    columns = torch.cat([gains, errors[..., None]], dim=-1)
+    factor = torch.linalg.cholesky_ex((gains @ blocks.mT).sum(-3) + noise)[0]
+    columns = torch.cat([gains.transpose(-3, -2).flatten(-2), errors[..., None]], dim=-1)
     solved = torch.linalg.solve_triangular(factor, columns, upper=False)
     innovations = solved[..., :-1] * solved[..., -1:]
-    return weights[..., None, :] + innovations.cumsum(-2) - innovations, solved[..., :-1]
+    v = solved[..., :-1].unflatten(-1, covariance.shape[-3:-1]).transpose(-3, -2)
+    return weights[..., None, :] + innovations.cumsum(-2) - innovations, v
 
 
 def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None, shard=(0, 1), exploit=False):
@@ -461,54 +475,56 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
 
     Without `noise_key` the most probable actions are taken; so they are in the further round of one episode that `exploit`
     adds. Who has finished the round early waits, masked. Returns a dict of tensors, R rounds of L steps: obs, next_obs
-    (N, R, L, D), actions (N, R, L, ...), rows, next_rows (N, R, L, K), which are the actor's expectation of x(a) there, and
-    (N, R, L) each: logprobs, rewards, terminated, dones, masks (1: a real step), episodes (from 0)."""
-    like, rounds = agent.prior_mean, []
+    (N, R, L, D), actions (N, R, L, ...), next_rows (N, R, L, B K), which are the actor's expectation of x(a) there, weights
+    (N, R, L, B W) and known (N, R, L, 2 B W) of the critic, and (N, R, L) each: logprobs, rewards, terminated, dones, masks
+    (1: a real step), episodes (from 0)."""
     envs.unwrapped.set_attr("task", list(tasks))
-    sums = [like.new_zeros(envs.num_envs, *shape) for shape in ([len(like)] * 2, [len(like)] * 2, [len(like)])]
+    gamma, rounds = agent.logit_gamma.sigmoid(), []
+    like, precision = (x.expand(envs.num_envs, -1, -1) for x in agent.prior())  # (N, B, W)
+    prior, covariance = (like.flatten(1), precision.flatten(1)), precision.reciprocal().diag_embed()
+    critic = prior[0], prior[1].reciprocal().diag_embed()  # weights (N, B W) and inverse (N, B W, B W)
     for r in range(num_rounds + exploit):
         explore = r < num_rounds
-        rounds_left = like.new_full((envs.num_envs,), max(num_rounds - 1 - r, 0))
-        weights, covariance = adapt(agent, *sums)
-        start_weights, innovations = weights, covariance[:, :0]  # (N, steps so far, W): the covariance is C - V'V now
+        selection = agent.selection(like.new_full((1,), max(num_rounds - 1 - r, 0)))
+        weights = start_weights = critic[0]
         generator = torch_stream(like.device, *noise_key, r) if noise_key and explore else None
-        episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=like.device)
-        steps, data = [], []
-        next_obs, _ = envs.reset(seed=seeds[r])
-        while (episodes < (num_episodes if explore else 1)).any():
-            obs = torch.as_tensor(next_obs).to(like)
-            features = critic_features(agent, obs)
-            products, seen = features @ covariance, features @ innovations.mT
-            spread = products @ features.mT - seen @ seen.mT
-            policy = policy_distribution(*actor(agent, obs, features, weights, spread, rounds_left), agent.discrete)
+        episodes, steps, data, marks = np.zeros(envs.num_envs, dtype=np.int64), [], [], []
+        obs = torch.as_tensor(envs.reset(seed=seeds[r])[0]).to(like)
+        features = critic_features(agent, obs)
+        while (masks := episodes < (num_episodes if explore else 1)).any():
+            gains, variances = (covariance @ features.mT).mT, covariance.diagonal(dim1=-2, dim2=-1).flatten(1)
+            known = knowledge(prior, weights, variances)
+            params = actor(agent, obs, features, weights, known, gains, selection)
+            policy = policy_distribution(*params, agent.discrete)
             actions = sample_actions(policy, generator, shard)
             next_obs, rewards, terminated, truncated = step_envs(envs, agent.to_box(actions), tasks, len(steps))
-            after, done = torch.as_tensor(next_obs).to(like), terminated | truncated
-            if done.any():
-                next_obs, _ = envs.reset(options={"reset_mask": done})
+            done = terminated | truncated
+            marks.append((terminated, done, masks, r * num_episodes + episodes))
+            next_obs, rewards, masks, goes_on = (
+                torch.as_tensor(x).to(like) for x in (next_obs, rewards * masks, masks, masks & ~terminated)
+            )
+            next_features = critic_features(agent, next_obs)
+            next_rows = expected_rows(agent, next_obs, next_features, weights, known)
+            steps.append((obs, next_obs, actions, next_rows, weights, known, policy.log_prob(actions), rewards))
 
-            rows = expected_rows(agent, obs, features, weights)
-            next_features = critic_features(agent, after)
-            next_rows = expected_rows(agent, after, next_features, weights)
-            masks = (episodes < (num_episodes if explore else 1)).to(like)
-            rewards, ends, done = (torch.as_tensor(x, device=like.device) for x in (rewards, terminated, done))
-            taken = action_rows(agent, actions)[:, None] * masks[:, None, None]  # (N, 1, K)
-            f, gains = (taken @ features)[:, 0], (taken @ products - taken @ seen @ innovations)[:, 0]
-            f_next = (next_rows[..., None] * next_features).sum(-2) * (masks * ~ends)[:, None]
-            rewards = rewards.to(like) * masks
-            target = rewards + agent.logit_gamma.sigmoid() * (f_next * start_weights).sum(-1)
-            weights, v = refine(weights, f, gains, target - (f * weights).sum(-1))
-            innovations = torch.cat([innovations, v[:, None]], dim=1)
-            data.append((f, f_next, rewards))
-            step = obs, after, actions, rows, next_rows, policy.log_prob(actions), rewards, ends, done, masks
-            steps.append((*step, r * num_episodes + episodes))
-            episodes = episodes + done
-        new = statistics(*(torch.stack(x, dim=1) for x in zip(*data, strict=True)))
-        sums = [total + x for total, x in zip(sums, new, strict=True)]
-        rounds.append([torch.stack(x) for x in zip(*steps, strict=True)])
-    names = "obs next_obs actions rows next_rows logprobs rewards terminated dones masks episodes".split()
+            rows = action_rows(agent, actions) * masks[:, None]
+            f, f_next = combine(rows, features), gamma * combine(next_rows, next_features) * goes_on[:, None]
+            errors = rewards + (f_next * start_weights).sum(-1) - (f * weights).sum(-1)
+            weights, v = refine(weights, f, combine(rows, gains), errors)
+            v = v.view_as(like)
+            covariance.addcmul_(v[..., None], v[..., None, :], value=-1)
+            data.append((f, f - f_next, rewards))
+            episodes, obs, features = episodes + done, next_obs, next_features
+            if done.any():
+                obs = torch.as_tensor(envs.reset(options={"reset_mask": done})[0]).to(like)
+                features = critic_features(agent, obs)
+        critic = adapt(*critic, *(torch.stack(x, dim=1) for x in zip(*data, strict=True)))
+        marks = (torch.as_tensor(np.stack(x), device=like.device) for x in zip(*marks, strict=True))
+        rounds.append([*(torch.stack(x) for x in zip(*steps, strict=True)), *marks])
+    names = "obs next_obs actions next_rows weights known logprobs rewards terminated dones masks episodes".split()
     columns = zip(names, zip(*rounds, strict=True), strict=True)
-    return {name: nn.utils.rnn.pad_sequence(column).transpose(0, 2) for name, column in columns}
+    batch = {name: nn.utils.rnn.pad_sequence(column).transpose(0, 2) for name, column in columns}
+    return batch | {"masks": batch["masks"].to(like)}
 
 
 def compute_gae(rewards, values, next_values, dones, masks, gamma, gae_lambda):
@@ -531,11 +547,10 @@ def mean_and_std(x, masks):
 
 
 def taken_features(agent, batch):
-    """f(s, a) of the actions taken and E f(s', a') of the actor then (N, R, L, W), zero where there is no step."""
+    """f(s, a) of the actions taken and E f(s', a') of the actor then (N, R, L, B W), zero where there is no step."""
     features, next_features = critic_features(agent, batch["obs"]), critic_features(agent, batch["next_obs"])
-    taken = (action_rows(agent, batch["actions"])[..., None] * features).sum(-2) * batch["masks"][..., None]
-    following = (batch["next_rows"][..., None] * next_features).sum(-2)
-    return features, taken, following * (batch["masks"] * ~batch["terminated"])[..., None]
+    taken = combine(action_rows(agent, batch["actions"]), features) * batch["masks"][..., None]
+    return features, taken, combine(batch["next_rows"], next_features) * (batch["masks"] * ~batch["terminated"])[..., None]
 
 
 def compute_advantages(agent, batch, num_explorations, gamma, gae_lambda, trial_gamma):
@@ -545,10 +560,14 @@ def compute_advantages(agent, batch, num_explorations, gamma, gae_lambda, trial_
     is held against the value function that the others' data give, later episodes against the others' later episodes."""
     with torch.no_grad():
         features, taken, following = taken_features(agent, batch)
-        sums = statistics(taken.flatten(1, 2), following.flatten(1, 2), batch["rewards"].flatten(1, 2))
-        groups = [x.unflatten(0, (num_explorations, -1)) for x in sums]  # (C, M, ...)
-        weights, _ = adapt(agent, *((x.sum(0) - x).flatten(0, 1) for x in groups), gamma=gamma)
-        values = ((batch["rows"][..., None] * features).sum(-2) * weights[:, None, None]).sum(-1)
+        mean, precision = (x.flatten() for x in agent.prior(gamma))
+        f, f_next, rewards = taken.flatten(1, 2), following.flatten(1, 2), batch["rewards"].flatten(1, 2)
+        sums = f.mT @ (f - gamma * f_next), f.mT @ rewards[..., None]
+        matrices, moments = (x.unflatten(0, (num_explorations, -1)) for x in sums)  # (C, M, ...)
+        matrices, moments = ((x.sum(0) - x).flatten(0, 1) for x in (matrices, moments))
+        weights = torch.linalg.solve_ex(matrices + precision.diag(), moments.squeeze(-1) + precision * mean)[0]
+        rows = expected_rows(agent, batch["obs"], features, batch["weights"], batch["known"])
+        values = (combine(rows, features) * weights[:, None, None]).sum(-1)
         next_values = (following * weights[:, None, None]).sum(-1)
         rest = compute_gae(batch["rewards"], values, next_values, batch["dones"], batch["masks"], gamma, gae_lambda)
 
@@ -562,6 +581,29 @@ def compute_advantages(agent, batch, num_explorations, gamma, gae_lambda, trial_
     return rest + later, rest, values
 
 
+def replay(agent, features, taken, following, rewards):
+    """What a trial's learner knew before each step, from its data once more, so that gradients go through all it learned.
+
+    Features X (N, R, L, B, K, W), f(s, a) and E f(s', a') (N, R, L, B W), rewards (N, R, L). Returns TD targets (N, R, L),
+    weights (N, R, L, B W), what pi_theta reads (N, R, L, 2 B W) and gains X C (N, R, L, B, K, W)."""
+    following, (mean, precision), rounds = agent.logit_gamma.sigmoid() * following, agent.prior(), []
+    prior, covariance = (mean.flatten(), precision.flatten()), precision.reciprocal().diag_embed()
+    critic = prior[0], prior[1].reciprocal().diag()
+    length, num_rows = features.shape[2], agent.num_rows
+    earlier = rewards.new_ones(length, length).tril(-1).repeat_interleave(num_rows, 0)  # (L K, L)
+    blocks = features.transpose(2, 3).flatten(3, 4)  # (N, R, B, L K, W)
+    for x, f, f_next, r in zip(*(x.unbind(1) for x in (blocks, taken, following, rewards)), strict=True):
+        targets = r + (f_next @ critic[0][..., None]).squeeze(-1)
+        weights, v = refine_path(critic[0], covariance, f, targets - (f @ critic[0][..., None]).squeeze(-1))
+        squares = (v**2).transpose(1, 2).flatten(2)  # (N, L, B W)
+        variances = covariance.diagonal(dim1=-2, dim2=-1).flatten(-2)[..., None, :] + squares - squares.cumsum(1)
+        gains = x @ covariance - (x @ v.mT * earlier) @ v
+        rounds.append((targets, weights, knowledge(prior, weights, variances), gains))
+        covariance, critic = covariance - v.mT @ v, adapt(*critic, f, f - f_next, r)
+    targets, weights, known, gains = (torch.stack(x, dim=1) for x in zip(*rounds, strict=True))
+    return targets, weights, known, gains.unflatten(3, (length, num_rows)).transpose(2, 3)
+
+
 def meta_loss(agent, batch, mb_inds, num_steps, clip_coef):
     """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, through the critics and actors of all
     rounds at once, and the critic's error in predicting each step from what was seen before it.
@@ -570,27 +612,16 @@ def meta_loss(agent, batch, mb_inds, num_steps, clip_coef):
     Returns policy_loss, value_loss (in units of the rewards' variance), entropy, approx_kl and clipfrac."""
     mb = {name: x[mb_inds] for name, x in batch.items()}
     features, taken, following = taken_features(agent, mb)
-    sums = statistics(taken, following, mb["rewards"])  # (N, R, ...)
-    earlier = torch.ones_like(mb["rewards"][0, :, 0]).expand(mb["rewards"].shape[1], -1).tril(-1)  # (R, R)
-    before = [(earlier @ x.flatten(2)).view_as(x) for x in sums]  # a round sees neither itself nor what comes after it
-    weights, covariance = adapt(agent, *before)
-    targets = mb["rewards"] + agent.logit_gamma.sigmoid() * (following * weights[:, :, None]).sum(-1)
-    errors = targets - (taken * weights[:, :, None]).sum(-1)
-    step_weights, innovations = refine_path(weights, covariance, taken, errors)  # (N, R, L, W)
-
-    num_rounds, length, num_rows = features.shape[1:4]
-    flat = features.flatten(2, 3)  # (N, R, L K, W)
-    spread = (flat @ covariance).unflatten(2, (length, num_rows)) @ features.mT
-    seen = (flat @ innovations.mT).unflatten(2, (length, num_rows))  # (N, R, L, K, L)
-    seen = seen * seen.new_ones(length, length).tril(-1)[:, None]
-    rounds_left = torch.arange(num_rounds - 1, -1, -1).to(errors)[:, None].expand_as(errors)
-    params, log_std = actor(agent, mb["obs"], features, step_weights, spread - seen @ seen.mT, rounds_left)
+    targets, weights, known, gains = replay(agent, features, taken, following, mb["rewards"])
+    rounds_left = torch.arange(targets.shape[1] - 1, -1, -1).to(targets)
+    selection = [x[:, None] for x in agent.selection(rounds_left)]  # (R, 1)
+    params, log_std = actor(agent, mb["obs"], features, weights, known, gains, selection)
 
     policy = policy_distribution(params, log_std, agent.discrete)
     logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]
     ratio, mb_advantages = logratio.exp(), mb["advantages"]
     policy_loss = -torch.min(ratio * mb_advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * mb_advantages)
-    value_loss = (targets.detach() - (taken * step_weights).sum(-1)) ** 2 / mb["scales"] ** 2
+    value_loss = (targets.detach() - (taken * weights).sum(-1)) ** 2 / mb["scales"] ** 2
     approx_kl, clipfrac = (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > clip_coef).to(ratio)
     losses = policy_loss, value_loss, policy.entropy(), approx_kl, clipfrac
     return [(x * mb["masks"]).sum() / num_steps for x in losses]
@@ -875,7 +906,7 @@ if __name__ == "__main__":
             seeds = stream(args.seed, iteration, NOISE).integers(2**31, size=(num_rounds, num_trials))[:, RANK::WORLD_SIZE]
             trials = (tasks * args.num_explorations)[RANK::WORLD_SIZE]  # (N,), exploration by exploration
             noise_key = args.seed, iteration, ACTIONS
-            with torch.no_grad():
+            with torch.inference_mode():
                 shard = RANK, WORLD_SIZE
                 batch = rollout(agent, envs, trials, num_rounds, args.episodes_per_round, seeds.tolist(), noise_key, shard)
             masks = batch["masks"]

@@ -10,7 +10,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mrl_actor_critic as script  # noqa: E402
-from mrl_actor_critic import Agent, Args, actor, adapt, critic_features, refine, refine_path, rollout, statistics  # noqa: E402
+from mrl_actor_critic import (  # noqa: E402
+    Agent,
+    Args,
+    action_rows,
+    actor,
+    adapt,
+    combine,
+    critic_features,
+    refine,
+    refine_path,
+    rollout,
+)
 
 DISCRETE, BOX = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (2,))
 
@@ -31,6 +42,12 @@ def make_agent(obs_dim, action_space, randomize=True, **settings):
         for parameter in agent.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
     return agent
+
+
+def prior_critic(agent, gamma=None):
+    """Weights (W,) and inverse (W, W) before any data."""
+    mean, precision = (x.flatten() for x in agent.prior(gamma))
+    return mean, precision.reciprocal().diag()
 
 
 def play(agent, family, num_envs, num_rounds, **settings):
@@ -58,12 +75,12 @@ def test_critic_is_exact_q_of_known_mdp():
     gamma, weight = 0.9, 1e9
     transitions, rewards, policy, exact = known_mdp(gamma)
     agent = make_agent(3, DISCRETE, randomize=False, num_features=1)
-    features = critic_features(agent, torch.eye(3))  # (3, 2, W)
-    following = (transitions @ (policy[..., None] * features).sum(-2)).flatten(0, 1)  # expected f(s', a'), (6, W)
-    taken = features.flatten(0, 1)
-    sums = statistics(weight**0.5 * taken, weight**0.5 * following, weight**0.5 * rewards.flatten())
+    features = critic_features(agent, torch.eye(3))  # (3, 2, 1, W)
+    following = (transitions @ combine(policy, features)).flatten(0, 1)  # expected f(s', a'), (6, 2 W)
+    taken = combine(torch.eye(2).repeat(3, 1), features.repeat_interleave(2, 0))
+    data = weight**0.5 * taken, weight**0.5 * (taken - gamma * following), weight**0.5 * rewards.flatten()
     with torch.no_grad():
-        weights, _ = adapt(agent, *sums, gamma=gamma)
+        weights, _ = adapt(*prior_critic(agent, gamma), *data)
     torch.testing.assert_close(taken @ weights, exact, rtol=0, atol=1e-5)
 
 
@@ -75,54 +92,83 @@ def test_critic_is_exact_q_from_samples():
     next_state = (rng.random((steps, 1)) > transitions.reshape(6, 3).numpy().cumsum(-1)[state_action]).sum(-1).clip(max=2)
     agent = make_agent(3, DISCRETE, randomize=False, num_features=1)
     features = critic_features(agent, torch.eye(3))
-    taken = features.flatten(0, 1)[state_action]
-    following = (policy[..., None] * features).sum(-2)[next_state]
-    noise = torch.from_numpy(rng.standard_normal(steps))
+    every = combine(torch.eye(2).repeat(3, 1), features.repeat_interleave(2, 0))  # (6, 2 W)
+    taken, following = every[state_action], combine(policy, features)[next_state]
+    noisy_rewards = rewards.flatten()[state_action] + torch.from_numpy(rng.standard_normal(steps))
+    data = (x.unflatten(0, (-1, 1000)) for x in (taken, taken - gamma * following, noisy_rewards))
     with torch.no_grad():
-        weights, _ = adapt(agent, *statistics(taken, following, rewards.flatten()[state_action] + noise), gamma=gamma)
-        q = features.flatten(0, 1) @ weights
+        critic = prior_critic(agent, gamma)
+        for batch in zip(*data, strict=True):
+            critic = adapt(*critic, *batch)
+        q = every @ critic[0]
     assert (q - exact).abs().max() < 6 * (2 / (steps / 6)) ** 0.5 / (1 - gamma)
+
+
+def test_rounds_of_the_critic_are_one_solve():
+    """Round by round, the weights solve A w = b with all that was seen before, and nothing else."""
+    agent = make_agent(2, BOX)
+    size = agent.prior_mean.numel()
+    f, d, r = torch.randn(3, 4, 5, size), torch.randn(3, 4, 5, size), torch.randn(3, 4, 5)
+    with torch.no_grad():
+        mean, precision = (x.flatten() for x in agent.prior())
+        critic = prior_critic(agent)
+        for k in range(4):
+            seen = [x[:, :k].flatten(1, 2) for x in (f, d, r)]
+            matrix, moment = (
+                precision.diag() + seen[0].mT @ seen[1],
+                precision * mean + (seen[0].mT @ seen[2][..., None])[..., 0],
+            )
+            exact = torch.linalg.solve(matrix, moment)
+            torch.testing.assert_close(critic[0].expand_as(exact), exact)
+            critic = adapt(*critic, f[:, k], d[:, k], r[:, k])
 
 
 def test_critic_is_posterior_of_gaussian_bandit():
     """Means ~ N(m, 1/p), unit noise, one-step episodes: posterior mean (p m + sum r) / (p + n), variance 1 / (p + n)."""
     agent = make_agent(1, DISCRETE, num_features=1)
     with torch.no_grad():
-        agent.log_precision[2] = 50.0  # nothing can be learned through the network's feature, whose prior mean is zero
-        agent.prior_mean[2] = 0.0
-        mean, precision = (x[:2] for x in agent.prior(0.5))
-    actions = torch.tensor([0, 0, 1, 0, 0])
-    rewards = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0])
-    features = critic_features(agent, torch.ones(5, 1))
-    taken = features[torch.arange(5), actions]
-    with torch.no_grad():
-        weights, covariance = adapt(agent, *statistics(taken, torch.zeros_like(taken), rewards), gamma=0.5)
+        agent.log_precision[:, 1] = 50.0  # nothing can be learned through the network's feature, whose prior mean is zero
+        agent.prior_mean[:, 1] = 0.0
+        mean, precision = (x[:, 0] for x in agent.prior(0.5))
+        actions = torch.tensor([0, 0, 1, 0, 0])
+        rewards = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0])
+        features = critic_features(agent, torch.ones(5, 1))
+        taken = combine(action_rows(agent, actions), features)
+        weights, _ = adapt(*prior_critic(agent, 0.5), taken, taken, rewards)
+        _, v = refine_path(weights, agent.prior(0.5)[1].reciprocal().diag_embed(), taken, rewards)
+        variances = 1 / precision - (v[..., 0] ** 2).sum(-1)
     counts, totals = torch.tensor([4.0, 1.0]), torch.tensor([6.5, -1.0])
-    torch.testing.assert_close(weights[:2], (precision * mean + totals) / (precision + counts), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(covariance.diagonal()[:2], 1 / (precision + counts), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weights[::2], (precision * mean + totals) / (precision + counts), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(variances, 1 / (precision + counts), rtol=1e-9, atol=1e-9)
 
 
-def test_refining_step_by_step_is_the_solve():
+@pytest.mark.parametrize("space", [DISCRETE, BOX])
+def test_refining_step_by_step_is_the_solve(space):
     """Without bootstrapping, the rank-one updates end at the solve with the same data, in both forms."""
-    agent = make_agent(2, BOX)
-    old, new = torch.randn(2, 6, len(agent.prior_mean)), torch.randn(2, 4, len(agent.prior_mean))
-    r_old, r_new = torch.randn(2, 6), torch.randn(2, 4)
+    agent = make_agent(2, space)
+    blocks = agent.prior_mean.shape
+    features = critic_features(agent, torch.randn(2, 10, 2))
+    x = torch.eye(2)[torch.randint(2, (2, 10))] if space is DISCRETE else torch.randn(2, 10, 3)
+    f, r = combine(x, features).detach(), torch.randn(2, 10)
+    covariance = agent.prior()[1].detach().reciprocal().diag_embed().repeat(2, 1, 1, 1)
     with torch.no_grad():
-        before = statistics(old, torch.zeros_like(old), r_old)
-        start, covariance = adapt(agent, *before)
-        both = statistics(torch.cat([old, new], 1), torch.zeros(2, 10, old.shape[-1]), torch.cat([r_old, r_new], 1))
-        exact, exact_covariance = adapt(agent, *both)
-        path, innovations = refine_path(start, covariance, new, r_new - (new @ start[..., None]).squeeze(-1))
+        start, _ = adapt(*prior_critic(agent), f[:, :6], f[:, :6], r[:, :6])
+        exact, inverse = adapt(*prior_critic(agent), f, f, r)
+        v = refine_path(start, covariance, f[:, :6], r[:, :6])[1]
+        covariance = covariance - v.mT @ v
+        path, v = refine_path(start, covariance, f[:, 6:], r[:, 6:] - (f[:, 6:] @ start[..., None]).squeeze(-1))
         weights, left = start, covariance
         for t in range(4):
             torch.testing.assert_close(path[:, t], weights)
-            seen = innovations[:, :t]
-            torch.testing.assert_close(covariance - seen.mT @ seen, left)
-            gains, errors = (left @ new[:, t, :, None]).squeeze(-1), r_new[:, t] - (new[:, t] * weights).sum(-1)
-            weights, v = refine(weights, new[:, t], gains, errors)
-            left = left - v[..., None] * v[:, None]
+            torch.testing.assert_close(covariance - v[..., :t, :].mT @ v[..., :t, :], left)
+            step = f[:, 6 + t]
+            gains = (left @ step.unflatten(-1, blocks)[..., None]).flatten(1)
+            weights, u = refine(weights, step, gains, r[:, 6 + t] - (step * weights).sum(-1))
+            u = u.unflatten(-1, blocks)
+            left = left - u[..., None] * u[..., None, :]
     torch.testing.assert_close(weights, exact)
-    torch.testing.assert_close(left, exact_covariance)
+    for b, block in enumerate(inverse.unflatten(-1, blocks).unflatten(1, blocks).unbind(1)):
+        torch.testing.assert_close(block[:, :, b], left[:, b])  # all of A^-1 that is not zero
 
 
 @pytest.mark.parametrize("family", ["TabularMDP-v0", "PointNav-v0"])
@@ -175,13 +221,13 @@ def test_actor_step_follows_the_policy_gradient_theorem():
     the logits times the direction in which the actor moves them."""
     agent = make_agent(1, DISCRETE)
     obs = torch.ones(1, 1)
-    features, weights = critic_features(agent, obs).detach(), agent.prior_mean.detach() + 0.5
-    q = (features @ weights)[0]
+    features, weights = critic_features(agent, obs).detach(), agent.prior_mean.detach().flatten() + 0.5
+    q = combine(torch.eye(2), features.expand(2, -1, -1, -1)) @ weights
 
     def logits(temperature):
         with torch.no_grad():
             agent.log_temperature.fill_(np.log(temperature))
-            return actor(agent, obs, features, weights[None])[0][0]
+            return actor(agent, obs, features, weights[None], 0 * weights[None].repeat(1, 2))[0][0]
 
     start = logits(1e12)
     direction = (logits(1e5) - start) * 1e5
@@ -199,14 +245,14 @@ def test_box_actor_is_the_gaussian_times_exponential_of_q():
     """On a grid of actions: mean of pi_theta(a) exp(Q(a) / temperature)."""
     agent = make_agent(1, gym.spaces.Box(-1, 1, (1,)))
     obs, grid = torch.full((1, 1), 0.3), torch.linspace(-60, 60, 200_001)
-    features, weights = critic_features(agent, obs).detach(), agent.prior_mean.detach()[None] + 0.1
+    features, weights = critic_features(agent, obs).detach(), agent.prior_mean.detach() + 0.1
     with torch.no_grad():
         agent.log_temperature.fill_(50.0)
-        start = actor(agent, obs, features, weights)[0][0, 0]
+        start = actor(agent, obs, features, weights, 0 * weights.repeat(1, 2))[0][0, 0]
         agent.log_temperature.fill_(-0.2)
-        mean, log_std = actor(agent, obs, features, weights)
+        mean, log_std = actor(agent, obs, features, weights, 0 * weights.repeat(1, 2))
         rows = torch.stack([torch.ones_like(grid), grid], -1)  # x(a)
-        q = rows @ features[0] @ weights[0]
+        q = rows @ features[0, 0] @ weights[0]
         density = (-0.5 * ((grid - start) / log_std.exp()) ** 2 + q / agent.log_temperature.exp()).softmax(-1)
     assert abs((density * grid).sum() - mean[0, 0]) < 1e-6
     assert abs((density * grid**2).sum() - (density * grid).sum() ** 2 - (2 * log_std).exp()) < 1e-6
@@ -216,21 +262,22 @@ def test_box_actor_is_the_gaussian_times_exponential_of_q():
 def test_optimism_is_the_critics_deviation(discrete):
     """Exploring, Q + beta sigma stands for Q: for a Box, its gradient at the start's action, against finite differences."""
     agent = make_agent(1, DISCRETE if discrete else gym.spaces.Box(-1, 1, (1,)))
-    obs, weights = torch.full((1, 1), 0.3), agent.prior_mean.detach()[None]
+    obs, weights = torch.full((1, 1), 0.3), agent.prior_mean.detach().flatten()[None]
     features = critic_features(agent, obs).detach()
-    root = torch.randn(features.shape[-1], features.shape[-1])
-    spread = features @ root @ root.mT @ features.mT
+    root = torch.randn(agent.num_blocks, *[features.shape[-1]] * 2)
+    gains = features @ root @ root.mT
+    spread = (gains @ features.mT)[0]  # (B, K, K)
     left = torch.full((1,), 4.0)
     with torch.no_grad():
         agent.noise.zero_()
         beta, temperature = agent.optimism[0] + agent.optimism[1] * np.log(5), agent.log_temperature.exp()
-        plain, log_std = actor(agent, obs, features, weights)
-        bold, _ = actor(agent, obs, features, weights, spread, left)
+        plain, log_std = actor(agent, obs, features, weights, 0 * weights.repeat(1, 2))
+        bold, _ = actor(agent, obs, features, weights, 0 * weights.repeat(1, 2), gains, agent.selection(left))
         if discrete:
-            torch.testing.assert_close((bold - plain)[0], beta * spread[0].diagonal().sqrt() / temperature)
+            torch.testing.assert_close((bold - plain)[0], beta * spread.flatten().sqrt() / temperature)
             return
         agent.log_temperature.fill_(50.0)
-        start = actor(agent, obs, features, weights)[0][0, 0]
+        start = actor(agent, obs, features, weights, 0 * weights.repeat(1, 2))[0][0, 0]
 
         def sigma(a):
             x = torch.tensor([1.0, a])
