@@ -4,7 +4,7 @@ python tests/benchmark.py players              reference players: classical algo
 python tests/benchmark.py evaluate             every trained agent of tests/results on held-out tasks, beside the players
 python tests/benchmark.py tables               the README's tables again, out of what evaluate wrote
 python tests/benchmark.py curves               learning curves of their trainings, a picture for each script
-python tests/benchmark.py cheetah                the curves of HalfCheetah, MAML beside RL²
+python tests/benchmark.py cheetah              the curves of HalfCheetah, MAML beside RL²
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
 python tests/benchmark.py baselines            PointNav from a random start and from one trained on all tasks

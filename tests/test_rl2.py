@@ -127,12 +127,13 @@ def test_gae_equals_its_definition_over_the_whole_trial():
 
 
 def test_inputs_at_episode_boundaries():
-    """Traps 7, 8, 14: what is read is the raw last reward and the end of the episode, beside the next first observation,
+    """Traps 7, 8, 14: what is read is the last step, its raw reward and the episode's end, beside the next observation,
     and no row of the batch is one of gymnasium's autoreset rows."""
     agent, batch, tasks = play("Countdown-v0", 16, 3)
     inputs, masks, episodes = batch["inputs"], batch["masks"].bool(), batch["episodes"]
     obs, previous_obs, action, reward, ended = inputs.split([2, 2, 3, 1, 1], dim=-1)
     assert (inputs[0, :, 2:] == 0).all()
+    torch.testing.assert_close(previous_obs[1:], obs[:-1])
     torch.testing.assert_close(action[1:].argmax(-1), batch["actions"][:-1])
     torch.testing.assert_close(reward[1:, :, 0], batch["rewards"][:-1])
     torch.testing.assert_close(ended[1:, :, 0], (episodes[1:] - episodes[:-1]).float())
