@@ -371,3 +371,11 @@ def test_a_part_switched_off_is_not_learned(flag):
     }
     for name, parameter in agent.named_parameters():
         assert parameter.requires_grad != name.startswith(parts[flag]), name
+
+
+def test_what_the_policy_reads_of_the_critic():
+    """Before any data: nothing moved, all uncertain. n observations of one weight leave sqrt(P / (P + n)) of its deviation."""
+    mean, precision, n = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]), torch.tensor([0.0, 4.0])
+    assert script.knowledge((mean, precision), mean, 1 / precision).tolist() == [0.0, 0.0, 1.0, 1.0]
+    known = script.knowledge((mean, precision), mean + 1, 1 / (precision + n))
+    torch.testing.assert_close(known, torch.cat([torch.ones(2), (precision / (precision + n)).sqrt()]))
