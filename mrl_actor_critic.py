@@ -132,7 +132,7 @@ class Args:
     clip_coef: float = 0.2
     """clipping of the probability ratio"""
     ent_coef: float = 0.0
-    """weight of the entropy bonus"""
+    """weight of the entropy bonus at the start; it falls linearly to zero with `--anneal-lr`"""
     vf_coef: float = 0.1
     """weight of the critic's prediction error"""
     max_grad_norm: float = 0.5
@@ -927,7 +927,7 @@ if __name__ == "__main__":
                     own_inds = mb_inds[mb_inds % WORLD_SIZE == RANK] // WORLD_SIZE
                     losses = meta_loss(agent, batch, own_inds, lengths[mb_inds].sum(), args.clip_coef)
                     policy_loss, value_loss, entropy, approx_kl, clipfrac = losses
-                    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+                    loss = policy_loss + args.vf_coef * value_loss - remaining * args.ent_coef * entropy
                     optimizer.zero_grad()
                     loss.backward()
                     all_reduce_gradients(agent)

@@ -8,6 +8,8 @@ python tests/benchmark.py cheetah              the curves of HalfCheetah, MAML b
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
 python tests/benchmark.py baselines            PointNav from a random start and from one trained on all tasks
+python tests/benchmark.py ablation             the meta actor-critic without each of its three meta parts
+python tests/benchmark.py cartpole             the README's CartPole tasks: each script, and the best fixed linear policy
 python tests/benchmark.py speed                env steps a second of each script, what MAML's cost grows with, two processes
 """
 
@@ -24,6 +26,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import gymnasium as gym
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -609,6 +612,88 @@ def baselines(timesteps: int = 4_000_000):
     print_table(columns, rows)
 
 
+POINT = "--num-tasks 32 --rounds 2 --hidden-size 64 --num-features 16 --temperature 2.5 --num-minibatches 4 --update-epochs 3"
+ABLATIONS = {  # family: flags of the training
+    "TabularMDP": "--total-timesteps 640000 --eval-tasks 4000",
+    "PointNav": f"--env-id PointNav-v0 {POINT} --trial-gamma 0.5 --vf-coef 1 --total-timesteps 1600000",
+    "SparsePointNav": f"--env-id SparsePointNav-v0 {POINT} --gamma 0.97 --vf-coef 1 --ent-coef 0.02 --total-timesteps 3000000",
+}
+
+
+def last_heldout_rows(run):
+    """Of eval.csv: (adaptation, mean_return, stderr, num_tasks) of the last evaluation on held-out tasks."""
+    rows = [row for row in read_csv(run / "eval.csv") if row["split"] == "heldout"]
+    columns = ("adaptation", "mean_return", "stderr", "num_tasks")
+    return [tuple(row[c] for c in columns) for row in rows if row["global_step"] == rows[-1]["global_step"]]
+
+
+def ablation(families: tyro.conf.Positional[tuple[str, ...]] = tuple(ABLATIONS), seeds: tuple[int, ...] = (1,)):
+    """The meta actor-critic without its meta-policy, meta-value function, meta action selection -> ablation.csv"""
+    columns, rows = ("task", "flag", "seed", "adaptation", "mean_return", "stderr", "num_tasks"), []
+    for family, flag, seed in itertools.product(families, ("", "policy", "value", "action-selection"), seeds):
+        flag = flag and f"--no-meta-{flag}"
+        with tempfile.TemporaryDirectory() as runs_dir:
+            flags = f"{ABLATIONS[family]} --seed {seed} {flag} --eval-every 1000000"
+            printed, run = run_script(runs_dir, "mrl_actor_critic", *flags.split())
+            own = last_heldout_rows(run)
+        trial = re.search(r"whole trial +(\S+) ± (\S+)", printed).groups()
+        rows += [(family, flag, seed, *row) for row in (*own, ("trial", *trial, own[0][3]))]
+        print(family, flag, seed, printed, flush=True)
+    kept = [tuple(row.values()) for row in read_csv(RESULTS / "ablation.csv")] if (RESULTS / "ablation.csv").exists() else []
+    write_csv("ablation.csv", columns, [row for row in kept if row[0] not in families] + rows)
+
+
+CARTPOLE = {  # script: flags of the training
+    "mrl_rl2": "--num-tasks 64 --total-timesteps 3000000 --eval-tasks 200",
+    "mrl_maml": "--adapt-steps 1 --num-episodes 10 --eval-episodes 10 --total-timesteps 2000000 --eval-tasks 200",
+    "mrl_actor_critic": "--total-timesteps 2000000 --eval-tasks 200",
+}
+
+
+def cartpole():
+    """The README's CartPole tasks by each script, and by the best fixed linear policy -> cartpole.csv"""
+    columns, rows = ("script", "adaptation", "mean_return", "stderr", "num_tasks"), []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "my_tasks.py").write_text((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0])
+        sys.path.insert(0, folder)
+        os.environ["PYTHONPATH"] = folder
+        best, error = best_fixed_linear_policy("my_tasks:CartPoleTasks-v0")
+        rows.append(("best fixed linear policy", "", best, error, 200))
+        for script, flags in CARTPOLE.items():
+            flags = f"--env-id my_tasks:CartPoleTasks-v0 {flags} --eval-every 1000000"
+            printed, run = run_script(f"{folder}/{script}", script, *flags.split())
+            rows += [(script, *row) for row in last_heldout_rows(run)]
+            print(script, printed, flush=True)
+    write_csv("cartpole.csv", columns, rows)
+    print_table(columns, rows)
+
+
+def best_fixed_linear_policy(env_id, num_tasks=200, iterations=15, candidates=24):
+    """Mean return and standard error on fresh tasks of the best sign(w'obs) that the cross-entropy method finds."""
+    rng = np.random.default_rng(4)
+    envs = gym.make_vec(env_id, num_tasks, vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED})
+
+    def returns(weights):
+        envs.set_attr("task", list(envs.envs[0].unwrapped.sample_tasks(num_tasks, rng)))
+        obs, _ = envs.reset(seed=int(rng.integers(2**31)))
+        running, total = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
+        while running.any():
+            obs, rewards, terminated, truncated, _ = envs.step((obs @ weights > 0).astype(int))
+            total += rewards * running
+            running &= ~(terminated | truncated)
+            if (ended := terminated | truncated).any() and running.any():
+                obs, _ = envs.reset(options={"reset_mask": ended})
+        return total
+
+    mean, std = np.zeros(4), np.ones(4)
+    for _ in range(iterations):
+        tried = rng.normal(mean, std, (candidates, 4))
+        elite = tried[np.argsort([-returns(weights).mean() for weights in tried])[: candidates // 4]]
+        mean, std = elite.mean(0), elite.std(0) + 0.02
+    total = np.concatenate([returns(mean) for _ in range(5)])
+    return total.mean(), total.std() / math.sqrt(len(total))
+
+
 # Speed.
 
 
@@ -653,7 +738,9 @@ def speed(threads: int = 2, iterations: int = 20):
     print_table(columns, rows)
 
 
+COMMANDS = players, evaluate, tables, curves, cheetah, adaptation, trajectories, baselines, ablation, cartpole, speed
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {f.__name__: f for f in (players, evaluate, tables, curves, cheetah, adaptation, trajectories, baselines, speed)}
+        {f.__name__: f for f in COMMANDS}
     )
