@@ -580,8 +580,9 @@ def make_envs(args, num_envs, film=False):
         fail(f"--env-id {args.env_id}: it has no sample_tasks(num_tasks, rng); give a task family")
     if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
         fail(f"--env-id {args.env_id}: observations are {envs.single_observation_space}; give a family with vectors (Box)")
-    if not isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box):
-        fail(f"--env-id {args.env_id}: actions are {envs.single_action_space}; give a family with Discrete or Box")
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Discrete | gym.spaces.Box) or getattr(space, "start", 0) != 0:
+        fail(f"--env-id {args.env_id}: actions are {space}; give a family with Discrete, counted from 0, or Box")
     if film:
         try:
             importlib.import_module("moviepy")
@@ -597,6 +598,10 @@ def task_family(envs):
     return getattr(envs, "envs", [envs])[0].unwrapped
 
 
+def sample_tasks(envs, num_tasks, rng):
+    return list(task_family(envs).sample_tasks(num_tasks, rng))
+
+
 def all_reduce(tensor):
     """Sums a tensor over the processes, in place; one process has nothing to do."""
     if WORLD_SIZE > 1:
@@ -608,9 +613,7 @@ def all_reduce_gradients(module):
     """Sums the meta-gradient over the processes, in one message."""
     if WORLD_SIZE > 1:
         grads = [p.grad for p in module.parameters() if p.grad is not None]
-        summed = all_reduce(torch.cat([grad.flatten() for grad in grads]))
-        for grad, total in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(total.view_as(grad))
+        nn.utils.vector_to_parameters(all_reduce(nn.utils.parameters_to_vector(grads)), grads)
 
 
 def stop_if_not_finite(**terms):
@@ -707,8 +710,8 @@ if __name__ == "__main__":
     require(args, "env_kwargs", lambda x: num_episodes >= 1, "give at least 1 episode a trial")
     if args.capture_video:
         make_envs(args, 1, film=True).close()  # so that it fails now if at all
-    heldout_tasks = task_family(envs).sample_tasks(args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
-    train_tasks = task_family(envs).sample_tasks(args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
+    heldout_tasks = sample_tasks(envs, args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
+    train_tasks = sample_tasks(envs, args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args.hidden_size).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     iteration, global_step, eval_rows = 0, 0, []
@@ -755,7 +758,7 @@ if __name__ == "__main__":
             remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
             rng = stream(args.seed, iteration, TASKS)
-            tasks = task_family(envs).sample_tasks(args.num_tasks, rng)
+            tasks = sample_tasks(envs, args.num_tasks, rng)
             if train_tasks:
                 tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=args.num_tasks)]
 

@@ -258,8 +258,11 @@ class Dictionary(gym.Env):
 
 gym.register("Dictionary-v0", entry_point=Dictionary)
 """
+FROM_ONE = DICTIONARY.replace("gym.spaces.Dict(place=gym.spaces.Discrete(3))", "gym.spaces.Box(0, 1, (1,))")
+FROM_ONE = FROM_ONE.replace("gym.spaces.Discrete(2)", "gym.spaces.Discrete(2, start=1)")
 BAD_PLACES = [  # a file, flags, what the message names
     ("my_tasks.py", DICTIONARY, "--env-id my_tasks:Dictionary-v0", "observations are Dict"),
+    ("my_tasks.py", FROM_ONE, "--env-id my_tasks:Dictionary-v0", "actions are Discrete(2, start=1)"),
     ("my_tasks.py", "import nothing_of_this_name", "--env-id my_tasks:Tasks-v0", "nothing_of_this_name"),
     ("mujoco.py", "raise ImportError", "--env-id mrl_maml:AntDir-v0", 'pip install "gymnasium[mujoco]"'),
     ("moviepy.py", "raise ImportError('no moviepy')", "--env-id mrl_rl2:GridNavi-v0 --capture-video", "install moviepy"),
@@ -342,7 +345,7 @@ class Diary(gym.Env):
         self.limit, self.scale = limit, scale
 
     def sample_tasks(self, num_tasks, rng):
-        return list(rng.normal(size=num_tasks))
+        return rng.normal(size=num_tasks)  # an array: any sequence will do
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
