@@ -515,7 +515,7 @@ def cheetah():
                 step, mean, error = np.array([(row[0] / 1e6, row[3], row[4]) for row in rows if row[2] == k]).T
                 axis.errorbar(step, mean, error, label=label, color=COLOURS[len(axis.containers)], elinewidth=0.7)
         axis.set(title=f"HalfCheetah{family}", xlabel="environment steps (millions)", xlim=(0, None))
-        axis.legend(frameon=False, fontsize=8, loc="center right")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
     axes[0].set_ylabel("return of an episode, held-out")
     save_figure(figure, "curves_half_cheetah.png")
     write_csv("curves_half_cheetah.csv", columns, table)
@@ -741,6 +741,4 @@ def speed(threads: int = 2, iterations: int = 20):
 COMMANDS = players, evaluate, tables, curves, cheetah, adaptation, trajectories, baselines, ablation, cartpole, speed
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {f.__name__: f for f in COMMANDS}
-    )
+    tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in COMMANDS})
