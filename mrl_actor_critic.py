@@ -320,9 +320,13 @@ class Agent(nn.Module):
                 if name.startswith(tuple(names.split())):
                     parameter.requires_grad_(learned)
 
+    def gamma(self):
+        """The critic's discount factor. On the few steps of a trial, solves for a longer horizon blow up."""
+        return 0.85 * self.logit_gamma.sigmoid()
+
     def prior(self, gamma=None):
         """Mean and precision (B, W) of the critic's weights before any data of a task."""
-        gamma = self.logit_gamma.sigmoid() if gamma is None else gamma
+        gamma = self.gamma() if gamma is None else gamma
         level = self.prior_level[0] / (1 - gamma) * self.is_level
         return self.prior_mean + level, (self.log_precision + self.prior_level[1]).exp()
 
@@ -481,7 +485,7 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
     (N, R, L, B W) and known (N, R, L, 2 B W) of the critic, and (N, R, L) each: logprobs, rewards, terminated, dones, masks
     (1: a real step), episodes (from 0)."""
     envs.unwrapped.set_attr("task", list(tasks))
-    gamma, rounds = agent.logit_gamma.sigmoid(), []
+    gamma, rounds = agent.gamma(), []
     like, precision = (x.expand(envs.num_envs, -1, -1) for x in agent.prior())  # (N, B, W)
     prior, covariance = (like.flatten(1), precision.flatten(1)), precision.reciprocal().diag_embed()
     critic = prior[0], prior[1].reciprocal().diag_embed()  # weights (N, B W) and inverse (N, B W, B W)
@@ -588,7 +592,7 @@ def replay(agent, features, taken, following, rewards):
 
     Features X (N, R, L, B, K, W), f(s, a) and E f(s', a') (N, R, L, B W), rewards (N, R, L). Returns TD targets (N, R, L),
     weights (N, R, L, B W), what pi_theta reads (N, R, L, 2 B W) and gains X C (N, R, L, B, K, W)."""
-    following, (mean, precision), rounds = agent.logit_gamma.sigmoid() * following, agent.prior(), []
+    following, (mean, precision), rounds = agent.gamma() * following, agent.prior(), []
     prior, covariance = (mean.flatten(), precision.flatten()), precision.reciprocal().diag_embed()
     critic = prior[0], prior[1].reciprocal().diag()
     length, num_rows = features.shape[2], agent.num_rows

@@ -515,8 +515,8 @@ def cheetah():
                 step, mean, error = np.array([(row[0] / 1e6, row[3], row[4]) for row in rows if row[2] == k]).T
                 axis.errorbar(step, mean, error, label=label, color=COLOURS[len(axis.containers)], elinewidth=0.7)
         axis.set(title=f"HalfCheetah{family}", xlabel="environment steps (millions)", xlim=(0, None))
-        axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.05))
     axes[0].set_ylabel("return of an episode, held-out")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, "curves_half_cheetah.png")
     write_csv("curves_half_cheetah.csv", columns, table)
 
