@@ -23,8 +23,9 @@ linear solves, and a trial can go on for longer than it did in training.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
-    python mrl_actor_critic.py --env-id PointNav-v0 --rounds 2 --num-tasks 20 --hidden-size 64 --num-features 16 \\
-        --temperature 2.5 --trial-gamma 0.5 --num-minibatches 4 --update-epochs 3 --vf-coef 1 --total-timesteps 1600000
+    python mrl_actor_critic.py --env-id SparsePointNav-v0 --rounds 2 --hidden-size 64 --num-features 16 --temperature 2.5 \\
+        --gamma 0.97 --learning-rate 1e-3 --numbers-learning-rate 3e-3 --num-minibatches 4 --update-epochs 3 --vf-coef 1 \\
+        --ent-coef 0.01 --total-timesteps 10000000
     tensorboard --logdir runs
 
 Shapes: M tasks of a meta-batch, C explorations of each, N = M * C trials, R rounds a trial, L steps a round, D observation
@@ -135,8 +136,6 @@ class Args:
     """weight of the entropy bonus at the start; it falls linearly to zero with `--anneal-lr`"""
     vf_coef: float = 0.1
     """weight of the critic's prediction error"""
-    target_kl: float = 0.03
-    """an iteration ends its passes where the policy has moved further than this (losses/approx_kl)"""
     max_grad_norm: float = 0.5
     """the meta-gradient is scaled down to this norm"""
 
@@ -833,7 +832,7 @@ if __name__ == "__main__":
     require(args, "eval_episodes", lambda x: x % args.episodes_per_round == 0, "give a multiple of --episodes-per-round")
     require(
         args,
-        "learning_rate numbers_learning_rate temperature clip_coef target_kl max_grad_norm",
+        "learning_rate numbers_learning_rate temperature clip_coef max_grad_norm",
         lambda x: 0 < x < np.inf,
         "give a number above 0",
     )
@@ -931,20 +930,18 @@ if __name__ == "__main__":
             lengths[RANK::WORLD_SIZE] = masks.sum((1, 2))
             all_reduce(lengths)
             minibatch_rng = stream(args.seed, iteration, MINIBATCHES)
-            epochs = (minibatch_rng.permutation(num_trials) for _ in range(args.update_epochs))
-            for mb_inds in (x for epoch in epochs for x in epoch.reshape(args.num_minibatches, -1)):  # whole trials
-                own_inds = mb_inds[mb_inds % WORLD_SIZE == RANK] // WORLD_SIZE
-                losses = meta_loss(agent, batch, own_inds, lengths[mb_inds].sum(), args.clip_coef)
-                policy_loss, value_loss, entropy, approx_kl, clipfrac = losses
-                if all_reduce(approx_kl.clone()) > args.target_kl:
-                    break
-                loss = policy_loss + args.vf_coef * value_loss - remaining * args.ent_coef * entropy
-                optimizer.zero_grad()
-                loss.backward()
-                all_reduce_gradients(agent)
-                meta_grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                stop_if_not_finite(policy_loss=policy_loss, value_loss=value_loss, meta_grad_norm=meta_grad_norm)
-                optimizer.step()
+            for _ in range(args.update_epochs):
+                for mb_inds in minibatch_rng.permutation(num_trials).reshape(args.num_minibatches, -1):  # whole trials
+                    own_inds = mb_inds[mb_inds % WORLD_SIZE == RANK] // WORLD_SIZE
+                    losses = meta_loss(agent, batch, own_inds, lengths[mb_inds].sum(), args.clip_coef)
+                    policy_loss, value_loss, entropy, approx_kl, clipfrac = losses
+                    loss = policy_loss + args.vf_coef * value_loss - remaining * args.ent_coef * entropy
+                    optimizer.zero_grad()
+                    loss.backward()
+                    all_reduce_gradients(agent)
+                    meta_grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    stop_if_not_finite(policy_loss=policy_loss, value_loss=value_loss, meta_grad_norm=meta_grad_norm)
+                    optimizer.step()
             if iteration == 1 and args.meta_value:
                 agent.prior_level.data[0] = reward_mean  # the level of what is usual, from where it is learned
             update_time = time.time() - start
