@@ -612,11 +612,12 @@ def baselines(timesteps: int = 4_000_000):
     print_table(columns, rows)
 
 
-POINT = "--num-tasks 32 --rounds 2 --hidden-size 64 --num-features 16 --temperature 2.5 --num-minibatches 4 --update-epochs 3"
+POINT = "--rounds 2 --hidden-size 64 --num-features 16 --temperature 2.5 --num-minibatches 4 --update-epochs 3 --vf-coef 1"
+SPARSE = "--gamma 0.97 --learning-rate 1e-3 --numbers-learning-rate 3e-3 --ent-coef 0.01"
 ABLATIONS = {  # family: flags of the training
     "TabularMDP": "--total-timesteps 640000 --eval-tasks 4000",
-    "PointNav": f"--env-id PointNav-v0 {POINT} --trial-gamma 0.5 --vf-coef 1 --total-timesteps 1600000",
-    "SparsePointNav": f"--env-id SparsePointNav-v0 {POINT} --gamma 0.97 --vf-coef 1 --ent-coef 0.02 --total-timesteps 3000000",
+    "PointNav": f"--env-id PointNav-v0 {POINT} --num-tasks 20 --trial-gamma 0.5 --total-timesteps 1600000",
+    "SparsePointNav": f"--env-id SparsePointNav-v0 {POINT} {SPARSE} --total-timesteps 4000000",
 }
 
 
