@@ -7,6 +7,7 @@ python tests/benchmark.py curves               learning curves of their training
 python tests/benchmark.py cheetah              the curves of HalfCheetah, MAML beside RL²
 python tests/benchmark.py adaptation           return against the episode of the trial (after evaluate)
 python tests/benchmark.py trajectories         PointNav before and after each adaptation step
+python tests/benchmark.py sweep                SparsePointNav: where the meta actor-critic searches, and where it goes then
 python tests/benchmark.py baselines            PointNav from a random start and from one trained on all tasks
 python tests/benchmark.py ablation             the meta actor-critic without each of its three meta parts
 python tests/benchmark.py cartpole             the README's CartPole tasks: each script, and the best fixed linear policy
@@ -337,16 +338,19 @@ EVALUATIONS = (
     ("rl2_tabular_mdp_n10", "TabularMDP n=10", "--eval-tasks 4000"),
     ("rl2_tabular_mdp_n10 at n=100", "TabularMDP n=100", "--eval-tasks 600 --env-kwargs n 100"),
     ("rl2_grid_navi", "GridNavi", "--eval-tasks 4000"),
-    ("maml_point_nav", "PointNav", ""),
-    ("maml_point_nav_one_step", "PointNav", ""),
+    ("maml_point_nav", "PointNav", "--eval-tasks 400"),
+    ("maml_point_nav_one_step", "PointNav", "--eval-tasks 400"),
+    ("maml_point_nav_4_episodes", "PointNav", "--eval-tasks 400"),
+    ("maml_sparse_point_nav_2_episodes", "SparsePointNav", "--eval-tasks 1000"),
+    ("maml_sparse_point_nav", "SparsePointNav", "--eval-tasks 400"),
     ("maml_tabular_mdp", "TabularMDP", "--eval-tasks 1000"),
     ("maml_half_cheetah_dir", "HalfCheetahDir", "--eval-tasks 40 --eval-adapt-steps 3"),
     ("maml_half_cheetah_vel", "HalfCheetahVel", "--eval-tasks 40 --eval-adapt-steps 3"),
     ("rl2_half_cheetah_dir", "HalfCheetahDir in 2 episodes", "--eval-tasks 400"),
     ("actor_critic_tabular_mdp", "TabularMDP n=10", "--eval-tasks 4000"),
     ("actor_critic_tabular_mdp at n=100", "TabularMDP n=100", "--eval-tasks 600 --eval-episodes 100"),
-    ("actor_critic_point_nav", "PointNav", ""),
-    ("actor_critic_sparse_point_nav", "SparsePointNav", ""),
+    ("actor_critic_point_nav", "PointNav", "--eval-tasks 400 --eval-episodes 4"),
+    ("actor_critic_sparse_point_nav", "SparsePointNav", "--eval-tasks 1000"),
 )
 
 # What others report: Duan et al. 2016, tables 1 and 2; Mishra et al. 2018, tables 1 and 4.
@@ -590,6 +594,31 @@ def trajectories(num_tasks: int = 6, num_episodes: int = 1):
     save_figure(figure, "trajectories.png")
 
 
+def sweep(num_tasks: int = 6):
+    """Where actor_critic_sparse_point_nav.pt goes in the episodes of held-out trials -> sweep.png"""
+    sys.path.insert(0, str(ROOT))
+    import mrl_actor_critic as script
+
+    checkpoint = script.load_checkpoint("--evaluate", RESULTS / "actor_critic_sparse_point_nav.pt")
+    args = script.Args(**checkpoint["args"])
+    envs = script.make_envs(args, num_tasks)
+    agent = script.Agent(2, envs.single_action_space, args)
+    agent.load_state_dict(checkpoint["agent"])
+    tasks = script.sample_tasks(envs, args.eval_tasks, script.stream(args.seed, 0, script.HELDOUT_TASKS))[:num_tasks]
+    seeds, noise_key = np.zeros((3, num_tasks), dtype=int).tolist(), (args.seed, 0, script.ACTIONS)
+    with torch.no_grad():
+        batch = script.rollout(agent, envs, tasks, 2, 1, seeds, noise_key, exploit=True)
+    figure, axes = new_figure(3, width=4.2, height=3.3, sharey=True)
+    for k, (axis, title) in enumerate(zip(axes, ("first episode", "second episode", "the episode after"), strict=True)):
+        for colour, goal, path in zip(COLOURS, tasks, batch["next_obs"][:, k], strict=False):
+            axis.plot(*np.concatenate([np.zeros((1, 2)), path]).T, color=colour, linewidth=1, alpha=0.8)
+            axis.plot(*goal, "*", color=colour, markersize=13, markeredgecolor="black", zorder=3)
+        axis.set(title=f"{title}\nmean return {batch['rewards'][:, k].sum(-1).mean():.1f}", xlabel="x")
+        axis.set(xlim=(-1.35, 1.2), ylim=(-0.35, 1.1), aspect="equal")
+    axes[0].set_ylabel("y")
+    save_figure(figure, "sweep.png")
+
+
 def baselines(timesteps: int = 4_000_000):
     """PointNav from starts that are not meta-learned, with inner steps at several rates -> maml_baselines.csv"""
     columns, rows = ("start", "inner_lr", "adaptation", "mean_return", "stderr", "num_tasks"), []
@@ -739,7 +768,7 @@ def speed(threads: int = 2, iterations: int = 20):
     print_table(columns, rows)
 
 
-COMMANDS = players, evaluate, tables, curves, cheetah, adaptation, trajectories, baselines, ablation, cartpole, speed
+COMMANDS = players, evaluate, tables, curves, cheetah, adaptation, trajectories, sweep, baselines, ablation, cartpole, speed
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in COMMANDS})
