@@ -122,6 +122,8 @@ class Args:
     """temperature of the actor's step at the start"""
     gamma: float = 0.8
     """discount factor of the rest of an episode, upstairs; the critic downstairs learns its own"""
+    max_critic_gamma: float = 0.85
+    """upper bound of that one: from few steps, solves for a longer horizon blow up"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation"""
     trial_gamma: float = 1.0
@@ -308,7 +310,7 @@ class Agent(nn.Module):
         self.prior_level = nn.Parameter(torch.zeros(2))  # of rewards before any data, and of log-precisions
         num_level = obs_dim if self.discrete else 1  # a one-hot observation, or the constant, has it in Q
         self.register_buffer("is_level", (torch.arange(shape[1]) < num_level).to(self.prior_mean.dtype))
-        self.logit_gamma = nn.Parameter(torch.tensor(0.0))
+        self.logit_gamma, self.max_gamma = nn.Parameter(torch.tensor(0.0)), args.max_critic_gamma
         # Meta action selection: optimism and noise, each a + b log(1 + rounds left). Plain exploration has no optimism.
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.3]) * args.meta_action_selection)
         self.noise = nn.Parameter(torch.zeros(2))
@@ -320,8 +322,8 @@ class Agent(nn.Module):
                     parameter.requires_grad_(learned)
 
     def gamma(self):
-        """The critic's discount factor. On the few steps of a trial, solves for a longer horizon blow up."""
-        return 0.85 * self.logit_gamma.sigmoid()
+        """The critic's discount factor."""
+        return self.max_gamma * self.logit_gamma.sigmoid()
 
     def prior(self, gamma=None):
         """Mean and precision (B, W) of the critic's weights before any data of a task."""
@@ -837,6 +839,7 @@ if __name__ == "__main__":
         "give a number above 0",
     )
     require(args, "gamma gae_lambda trial_gamma", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
+    require(args, "max_critic_gamma", lambda x: 0 <= x < 1, "give a number of at least 0, below 1")
     require(args, "rounds eval_episodes ent_coef vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
 
     # SETUP
