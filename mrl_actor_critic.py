@@ -25,7 +25,7 @@ linear solves, and a trial can go on for longer than it did in training.
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
     python mrl_actor_critic.py --env-id SparsePointNav-v0 --rounds 2 --hidden-size 64 --num-features 16 --temperature 2.5 \\
         --gamma 0.97 --learning-rate 1e-3 --numbers-learning-rate 3e-3 --num-minibatches 4 --update-epochs 3 --vf-coef 1 \\
-        --ent-coef 0.01 --total-timesteps 10000000
+        --ent-coef 0.01 --total-timesteps 16000000
     tensorboard --logdir runs
 
 Shapes: M tasks of a meta-batch, C explorations of each, N = M * C trials, R rounds a trial, L steps a round, D observation
