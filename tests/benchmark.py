@@ -676,7 +676,9 @@ def ablation(families: tyro.conf.Positional[tuple[str, ...]] = tuple(ABLATIONS),
 CARTPOLE = {  # script: flags of the training
     "mrl_rl2": "--num-tasks 64 --total-timesteps 3000000 --eval-tasks 200",
     "mrl_maml": "--adapt-steps 1 --num-episodes 10 --eval-episodes 10 --total-timesteps 2000000 --eval-tasks 200",
-    "mrl_actor_critic": "--total-timesteps 2000000 --eval-tasks 200",
+    "mrl_actor_critic": "--max-critic-gamma 0.97 --rounds 3 --num-tasks 16 --hidden-size 64 --num-features 16 --gamma 0.98 "
+    "--temperature 1 --learning-rate 1e-3 --num-minibatches 4 --update-epochs 3 --vf-coef 1 --total-timesteps 2000000 "
+    "--eval-tasks 200",
 }
 
 
