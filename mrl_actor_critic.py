@@ -12,7 +12,7 @@
 3. All three guide that learning: where the actor starts and how far it steps, what the critic sees and expects before any
    data, how optimistic and how noisy actions are chosen while episodes are left.
 4. Update all three from how well the adapted learner does (`compute_advantages`, `meta_loss`).
-5. Repeat, until it stops improving (the loop at the end).
+5. Repeat (the loop at the end).
 
     Q^pi(s, a) = E[sum_t gamma^t r_t | s_0 = s, a_0 = a, pi]     its fixed point is solved for by `adapt`, in closed form
     V^pi(s)    = E[sum_t gamma^t r_t | s_0 = s, pi]              E_pi Q(s, a), the baseline of `compute_advantages`
@@ -29,7 +29,7 @@ linear solves, and a trial can go on for longer than it did in training.
     tensorboard --logdir runs
 
 Shapes: M tasks of a meta-batch, C explorations of each, N = M * C trials, R rounds a trial, L steps a round, D observation
-size, A action size, K rows of features (A, or 1 + A for a Box), W weights of the critic.
+size, A action size; the critic has B blocks (A, or 1 for a Box) of W weights, and K rows of features in each (1, or 1 + A).
 """
 
 import importlib
@@ -40,7 +40,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -95,7 +95,7 @@ class Args:
     learning_rate: float = 2e-3
     """learning rate of Adam at the start, for the networks and all that is not below"""
     numbers_learning_rate: float = 1e-2
-    """the same for single numbers: level of the prior, temperature, action selection"""
+    """the same for single numbers: level of the prior, log-std, temperature, action selection"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the training"""
     num_tasks: int = 32
@@ -267,9 +267,9 @@ class SparsePointNav(PointNav):
         return np.where(distances <= 0.2, 1 - distances, 0.0)
 
 
-gym.register("TabularMDP-v0", vector_entry_point=TabularMDP)
-gym.register("PointNav-v0", vector_entry_point=PointNav)
-gym.register("SparsePointNav-v0", vector_entry_point=SparsePointNav)
+for family in (TabularMDP, PointNav, SparsePointNav):
+    if f"{family.__name__}-v0" not in gym.registry:  # another script may have brought the same one
+        gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
@@ -381,7 +381,7 @@ def critic_features(agent, obs):
 
     The first features are the observation itself; of a Box 1, the observation and the action. The last ones are learned: a
     network of the observation, linear in the action of a Box. Each action of a discrete space is a block of one row."""
-    learned = agent.value(obs).unflatten(-1, (agent.num_rows, -1))
+    learned = agent.value(obs).unflatten(-1, (agent.num_rows, agent.value[-1].out_features // agent.num_rows))
     if agent.discrete:
         row = torch.cat([obs, learned.squeeze(-2)], dim=-1)
         return row[..., None, None, :].expand(*obs.shape[:-1], agent.num_blocks, -1, -1)
@@ -431,7 +431,7 @@ def actor(agent, obs, features, weights, known, gains=None, selection=None):
     For a Gaussian of covariance S and a Q linear in a, the step moves the mean by S grad_a Q / temperature."""
     q = (features * weights.view(*features.shape[:-2], 1, -1)).sum(-1).flatten(-2)  # (..., B K)
     start = agent.policy(torch.cat([obs, known], dim=-1))  # (..., A)
-    log_std, temperature = agent.log_std, agent.log_temperature.exp()
+    log_std, temperature = agent.log_std.clamp(-5, 2), agent.log_temperature.exp()
     if gains is not None:
         beta, log_noise = (x[..., None] for x in selection)
         if agent.discrete:
@@ -444,7 +444,7 @@ def actor(agent, obs, features, weights, known, gains=None, selection=None):
             log_std = log_std + log_noise
     if agent.discrete:
         return start + q / temperature, log_std
-    return start + (2 * agent.log_std).exp() * q[..., 1:] / temperature, log_std
+    return start + (2 * agent.log_std.clamp(-5, 2)).exp() * q[..., 1:] / temperature, log_std
 
 
 def expected_rows(agent, *state):
@@ -547,8 +547,9 @@ def compute_gae(rewards, values, next_values, dones, masks, gamma, gae_lambda):
 
 
 def mean_and_std(x, masks):
-    """Mean and standard deviation of x (L, M) over all real steps, those of the other processes included."""
-    count, total, squares = all_reduce(torch.stack([masks.sum(), (x * masks).sum(), (x**2 * masks).sum()]).double())
+    """Mean and standard deviation of x, of any shape, over all real steps, those of the other processes included."""
+    real, weights = x.double(), masks.double()
+    count, total, squares = all_reduce(torch.stack([weights.sum(), (real * weights).sum(), (real**2 * weights).sum()]))
     mean = total / count
     return mean.to(x.dtype), (squares / count - mean**2).clamp(min=0).sqrt().to(x.dtype)
 
@@ -699,15 +700,21 @@ def make_envs(args, num_envs, film=False):
         sys.path.append(os.getcwd())  # where a family of your own may lie
         if module:
             importlib.import_module(module)
-        entry_point = gym.spec(name).vector_entry_point or gym.spec(name).entry_point
-        if gym.spec(name).vector_entry_point is None:
-            kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
+        spec = gym.spec(name)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    entry_point = spec.vector_entry_point or spec.entry_point
+    if spec.vector_entry_point is None:
+        kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
+    try:
         envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
         if film and "render_mode" in str(error):
             fail(f"--capture-video True: {args.env_id} draws no pictures")
+        if not args.env_kwargs:
+            raise
         creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
         names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
         fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
@@ -734,7 +741,7 @@ def task_family(envs):
 
 
 def sample_tasks(envs, num_tasks, rng):
-    return list(task_family(envs).sample_tasks(num_tasks, rng))
+    return list(task_family(envs).sample_tasks(num_tasks, rng)) if num_tasks else []
 
 
 def all_reduce(tensor):
@@ -800,7 +807,7 @@ def write_file(path, content):
 
 def summarize(returns):
     """Mean over tasks and its standard error, of returns (tasks)."""
-    return returns.mean().item(), (returns.std() / len(returns) ** 0.5).item()
+    return returns.mean().item(), (returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5).item()
 
 
 def eval_csv_rows(global_step, split, returns, first):
@@ -819,27 +826,27 @@ if __name__ == "__main__":
     flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if path:
         checkpoint = load_checkpoint(flag, path)
-        args = tyro.cli(Args, description=__doc__, default=Args(**checkpoint["args"]))
+        saved = Args(**checkpoint["args"])
+        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs
     require(args, "resume", lambda x: not (x and args.evaluate), "cannot be given together with --evaluate")
     require(args, "total_timesteps eval_every checkpoint_every", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "eval_tasks", lambda x: x >= 2, "give at least 2 tasks, so that there is a standard error")
-    require(args, "seed num_train_tasks torch_threads", lambda x: x >= 0, "give a whole number of at least 0")
-    require(args, "device", lambda x: x == "cpu" or torch.cuda.is_available(), "torch sees no GPU here; give cpu")
-    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give a multiple of the {WORLD_SIZE} processes")
+    require(args, "seed num_train_tasks torch_threads", lambda x: 0 <= x < 2**31, "give a whole number from 0 to 2147483647")
+    require(args, "device", lambda x: x == "cpu" or x == "cuda" and torch.cuda.is_available(), "give cpu, or cuda with a GPU")
+    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give 1 or more for each of {WORLD_SIZE} processes")
     require(args, "num_explorations", lambda x: x >= 2, "give at least 2, which are each other's baseline")
     require(args, "episodes_per_round num_features hidden_size", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "num_minibatches update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
     num_trials = args.num_tasks * args.num_explorations
     require(args, "num_minibatches", lambda x: num_trials % x == 0, f"give a divisor of the {num_trials} trials")
     require(args, "eval_episodes", lambda x: x % args.episodes_per_round == 0, "give a multiple of --episodes-per-round")
-    require(
-        args,
-        "learning_rate numbers_learning_rate temperature clip_coef max_grad_norm",
-        lambda x: 0 < x < np.inf,
-        "give a number above 0",
-    )
-    require(args, "gamma gae_lambda trial_gamma", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
-    require(args, "max_critic_gamma", lambda x: 0 <= x < 1, "give a number of at least 0, below 1")
+    require(args, "learning_rate numbers_learning_rate temperature", lambda x: 0 < x < np.inf, "give a number above 0")
+    require(args, "clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
+    require(args, "gae_lambda trial_gamma", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
+    require(args, "gamma max_critic_gamma", lambda x: 0 <= x < 1, "give a number of at least 0, below 1")
+    learns = args.meta_policy or args.meta_value or args.meta_action_selection
+    require(args, "meta_policy", lambda x: learns, "nothing is left to learn; leave out one of the three --no-meta flags")
     require(args, "rounds eval_episodes ent_coef vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
 
     # SETUP
@@ -847,11 +854,14 @@ if __name__ == "__main__":
         torch.set_num_threads(args.torch_threads)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_default_dtype(getattr(torch, args.dtype))
     torch.manual_seed(args.seed)  # for the first weights alone: every other draw has a stream of its own
     device = torch.device(args.device)
     envs = make_envs(args, num_trials // WORLD_SIZE)
     num_episodes = getattr(task_family(envs), "episodes_per_trial", 2 * args.episodes_per_round)
+    require(args, "env_kwargs", lambda x: isinstance(num_episodes, int) and num_episodes >= 1, "give 1 episode or more")
     num_rounds = args.rounds or -(-num_episodes // args.episodes_per_round)
     eval_rounds = args.eval_episodes // args.episodes_per_round or num_rounds
     if args.capture_video:
@@ -881,7 +891,12 @@ if __name__ == "__main__":
     resume_command = f"python {sys.argv[0]} --resume {run_dir / 'checkpoint.pt'}"
 
     if args.evaluate:
-        returns = evaluate(agent, args, heldout_tasks, eval_rounds)
+        if RANK > 0:
+            sys.exit()
+        try:
+            returns = evaluate(agent, args, heldout_tasks, eval_rounds)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}.py: {error} is not finite")
         write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=1))
         print_table(returns)
         if args.capture_video:
@@ -891,7 +906,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + table, global_step)
-    stop_signals = []
+    stop_signals, stopped = [], False
 
     def stop_soon(signum, frame):
         stop_signals.append(signum)
@@ -903,7 +918,7 @@ if __name__ == "__main__":
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
     try:
-        while global_step < args.total_timesteps and not all_reduce(torch.tensor(len(stop_signals))):
+        while global_step < args.total_timesteps and not stopped:
             iteration += 1
             remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
             for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
@@ -953,7 +968,9 @@ if __name__ == "__main__":
             steps = int(lengths.sum())
             global_step += steps
             returns = returns_by_episode(batch, num_rounds * args.episodes_per_round)
-            pre, post = returns[0].mean().item(), returns[-1].mean().item()
+            returns = all_reduce(returns.sum(1)) / num_trials  # (E,)
+            policy_loss, value_loss, entropy, approx_kl, clipfrac = all_reduce(torch.stack(losses).detach())
+            pre, post = returns[0].item(), returns[-1].item()
             progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
             progress.update(steps)
             residual, scale = mean_and_std(rest, masks)[1], mean_and_std(rest + values, masks)[1]
@@ -972,8 +989,9 @@ if __name__ == "__main__":
                 "losses/explained_variance": 1 - (residual / scale) ** 2,
                 "losses/meta_grad_norm": meta_grad_norm,
             }
-            scalars |= {f"charts/episode_{k}_return": r.mean() for k, r in enumerate(returns, 1)}
+            scalars |= {f"charts/episode_{k}_return": r for k, r in enumerate(returns, 1)}
             ends = global_step >= args.total_timesteps
+            stopped = bool(all_reduce(torch.tensor(len(stop_signals), device=device)))
             if RANK == 0 and (ends or iteration % args.eval_every == 0):
                 heldout_returns = evaluate(agent, args, heldout_tasks, eval_rounds)
                 train_returns = evaluate(agent, args, (train_tasks or tasks)[: args.eval_tasks], eval_rounds)
@@ -982,11 +1000,11 @@ if __name__ == "__main__":
                 write_eval_csv(run_dir / "eval.csv", eval_rows)
                 scalars |= {f"eval/heldout_return_after_{k}": r.mean() for k, r in enumerate(heldout_returns, 1)}
                 scalars |= {f"eval/train_return_after_{k}": r.mean() for k, r in enumerate(train_returns, 1)}
-                scalars["eval/generalization_gap"] = train_returns.sum(0).mean() - heldout_returns.sum(0).mean()
+                scalars["eval/generalization_gap"] = train_returns[:-1].sum(0).mean() - heldout_returns[:-1].sum(0).mean()
             if RANK == 0:
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, torch.as_tensor(value).item(), global_step)
-            if RANK == 0 and (ends or stop_signals or iteration % args.checkpoint_every == 0):
+            if RANK == 0 and (ends or stopped or iteration % args.checkpoint_every == 0):
                 writer.flush()
                 checkpoint = {
                     "script": SCRIPT,
@@ -1000,18 +1018,17 @@ if __name__ == "__main__":
                 torch.save(checkpoint, buffer := io.BytesIO())
                 write_file(run_dir / "checkpoint.pt", buffer.getvalue())
     except FloatingPointError as error:
-        sys.exit(
-            f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; go on from "
-            f"the last checkpoint, with a lower --learning-rate for example: {resume_command}"
-        )
+        hint = f"go on from the last checkpoint, with a lower --learning-rate for example: {resume_command}"
+        hint = hint if (run_dir / "checkpoint.pt").exists() else "there is no checkpoint yet"
+        sys.exit(f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; {hint}")
     except OSError as error:
         fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
     progress.close()
     if RANK == 0:
         writer.close()
-        if stop_signals:
+        if stopped and not ends:
             print(f"stopped after iteration {iteration}; go on with: {resume_command}")
-            sys.exit(128 + stop_signals[0])
+            sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
         print_table(heldout_returns)
         if args.capture_video:
             evaluate(agent, args, heldout_tasks[:4], eval_rounds, run_dir / "videos")

@@ -28,7 +28,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +97,8 @@ class Args:
     inner_lr: float = 0.3
     """learning rate of the first inner step at the start"""
     inner_lr_decay: float = 0.1
-    """each later inner step starts with this times the rate (and shift of noise) before; one behind the training has it"""
+    """each later inner step starts with this times the rate (and shift of noise) before it; steps after the last one of the
+    training take its learned rate times this, each"""
     learn_inner_lr: bool = True
     """learn the inner learning rates, one for each weight and step"""
     inner_lr_learning_rate: float = 1e-3
@@ -129,7 +130,7 @@ class Args:
     clip_coef: float = 0.2
     """clipping of the probability ratio in the meta-update"""
     vf_coef: float = 0.5
-    """weight of the value loss, where the value function is a network"""
+    """weight of the value loss in inner and meta-update, where the value function is a network"""
     max_grad_norm: float = 0.5
     """the meta-gradient is scaled down to this norm"""
 
@@ -291,10 +292,9 @@ class AntDir(HalfCheetahDir):
         return next_obs, rewards + healthy, ~healthy, truncated, infos
 
 
-gym.register("PointNav-v0", vector_entry_point=PointNav)
-gym.register("HalfCheetahDir-v0", vector_entry_point=HalfCheetahDir)
-gym.register("HalfCheetahVel-v0", vector_entry_point=HalfCheetahVel)
-gym.register("AntDir-v0", vector_entry_point=AntDir)
+for family in (PointNav, HalfCheetahDir, HalfCheetahVel, AntDir):
+    if f"{family.__name__}-v0" not in gym.registry:  # another script may have brought the same one
+        gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
@@ -450,9 +450,10 @@ def compute_gae(rewards, values, last_values, masks, gamma, gae_lambda):
 
 
 def linear_values(obs, returns, masks, ridge=1e-5):
-    """Values (M, E, T) of a least-squares fit, one a task, of the returns on [obs, obs^2, t, t^2, t^3, 1] (Duan et al. 2016).
+    """Values (M, E, T) of a least-squares fit, one a task, of the returns on [obs, obs^2, t, t^2, t^3, 1] (Duan et
+    al. 2016, Benchmarking deep reinforcement learning).
 
-    The ridge keeps it solvable for observations that never change. What a time limit leaves is zero: t is a feature."""
+    The ridge keeps it solvable for observations that never change. A time limit is not bootstrapped: t is a feature."""
     t = torch.arange(masks.shape[-1], device=obs.device).expand_as(masks)[..., None] / 100  # (M, E, T, 1)
     features = torch.cat([obs.clamp(-10, 10), obs.clamp(-10, 10) ** 2, t, t**2, t**3, torch.ones_like(t)], dim=-1)
     x = (features * masks[..., None]).flatten(1, 2).double()  # (M, E * T, F)
@@ -664,15 +665,21 @@ def make_envs(args, num_envs, film=False):
         sys.path.append(os.getcwd())  # where a family of your own may lie
         if module:
             importlib.import_module(module)
-        entry_point = gym.spec(name).vector_entry_point or gym.spec(name).entry_point
-        if gym.spec(name).vector_entry_point is None:
-            kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
+        spec = gym.spec(name)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    entry_point = spec.vector_entry_point or spec.entry_point
+    if spec.vector_entry_point is None:
+        kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
+    try:
         envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
         if film and "render_mode" in str(error):
             fail(f"--capture-video True: {args.env_id} draws no pictures")
+        if not args.env_kwargs:
+            raise
         creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
         names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
         fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
@@ -699,7 +706,7 @@ def task_family(envs):
 
 
 def sample_tasks(envs, num_tasks, rng):
-    return list(task_family(envs).sample_tasks(num_tasks, rng))
+    return list(task_family(envs).sample_tasks(num_tasks, rng)) if num_tasks else []
 
 
 def all_reduce(tensor):
@@ -765,7 +772,7 @@ def write_file(path, content):
 
 def summarize(returns):
     """Mean over tasks and its standard error, of returns (tasks)."""
-    return returns.mean().item(), (returns.std() / len(returns) ** 0.5).item()
+    return returns.mean().item(), (returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5).item()
 
 
 def eval_csv_rows(global_step, split, returns, first):
@@ -784,13 +791,15 @@ if __name__ == "__main__":
     flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if path:
         checkpoint = load_checkpoint(flag, path)
-        args = tyro.cli(Args, description=__doc__, default=Args(**checkpoint["args"]))
+        saved = Args(**checkpoint["args"])
+        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs
     require(args, "resume", lambda x: not (x and args.evaluate), "cannot be given together with --evaluate")
     require(args, "total_timesteps eval_every checkpoint_every", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "eval_tasks", lambda x: x >= 2, "give at least 2 tasks, so that there is a standard error")
-    require(args, "seed num_train_tasks torch_threads", lambda x: x >= 0, "give a whole number of at least 0")
-    require(args, "device", lambda x: x == "cpu" or torch.cuda.is_available(), "torch sees no GPU here; give cpu")
-    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give a multiple of the {WORLD_SIZE} processes")
+    require(args, "seed num_train_tasks torch_threads", lambda x: 0 <= x < 2**31, "give a whole number from 0 to 2147483647")
+    require(args, "device", lambda x: x == "cpu" or x == "cuda" and torch.cuda.is_available(), "give cpu, or cuda with a GPU")
+    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give 1 or more for each of {WORLD_SIZE} processes")
     require(args, "num_tasks", lambda x: x >= 2 or not args.exploration_credit, "--exploration-credit needs at least 2")
     require(args, "hidden_size num_episodes update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "adapt_steps eval_adapt_steps", lambda x: x >= 1, "give a whole number of at least 1")
@@ -807,6 +816,8 @@ if __name__ == "__main__":
         torch.set_num_threads(args.torch_threads)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_default_dtype(getattr(torch, args.dtype))
     torch.manual_seed(args.seed)  # for the first weights alone: every other draw has a stream of its own
     device = torch.device(args.device)
@@ -835,7 +846,12 @@ if __name__ == "__main__":
     resume_command = f"python {sys.argv[0]} --resume {run_dir / 'checkpoint.pt'}"
 
     if args.evaluate:
-        returns = evaluate(agent, args, heldout_tasks)
+        if RANK > 0:
+            sys.exit()
+        try:
+            returns = evaluate(agent, args, heldout_tasks)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}.py: {error} is not finite")
         write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=0))
         print_table(returns)
         if args.capture_video:
@@ -845,7 +861,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + table, global_step)
-    stop_signals = []
+    stop_signals, stopped = [], False
 
     def stop_soon(signum, frame):
         stop_signals.append(signum)
@@ -857,7 +873,7 @@ if __name__ == "__main__":
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
     try:
-        while global_step < args.total_timesteps and not all_reduce(torch.tensor(len(stop_signals))):
+        while global_step < args.total_timesteps and not stopped:
             iteration += 1
             remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -893,7 +909,11 @@ if __name__ == "__main__":
             # LOGGING
             steps = int(all_reduce(sum(batch["masks"].sum() for batch in batches)))
             global_step += steps
-            pre, post = returns[0].mean().item(), returns[-1].mean().item()
+            returns = all_reduce(returns.sum(1)) / args.num_tasks  # (K + 1,)
+            losses = all_reduce(torch.stack([policy_loss, value_loss, entropy, approx_kl, clipfrac]).detach())
+            policy_loss, value_loss, entropy, approx_kl, clipfrac = losses
+            explained_variance = all_reduce(batches[-1]["explained_variance"].sum()) / args.num_tasks
+            pre, post = returns[0].item(), returns[-1].item()
             progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
             progress.update(steps)
             scalars = {
@@ -908,10 +928,11 @@ if __name__ == "__main__":
                 "losses/entropy": entropy,
                 "losses/approx_kl": approx_kl,
                 "losses/clipfrac": clipfrac,
-                "losses/explained_variance": batches[-1]["explained_variance"].mean(),
+                "losses/explained_variance": explained_variance,
                 "losses/meta_grad_norm": meta_grad_norm,
             }
             ends = global_step >= args.total_timesteps
+            stopped = bool(all_reduce(torch.tensor(len(stop_signals), device=device)))
             if RANK == 0 and (ends or iteration % args.eval_every == 0):
                 heldout_returns = evaluate(agent, args, heldout_tasks)
                 train_returns = evaluate(agent, args, (train_tasks or tasks)[: args.eval_tasks])
@@ -924,7 +945,7 @@ if __name__ == "__main__":
             if RANK == 0:
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, torch.as_tensor(value).item(), global_step)
-            if RANK == 0 and (ends or stop_signals or iteration % args.checkpoint_every == 0):
+            if RANK == 0 and (ends or stopped or iteration % args.checkpoint_every == 0):
                 writer.flush()
                 checkpoint = {
                     "script": SCRIPT,
@@ -938,18 +959,17 @@ if __name__ == "__main__":
                 torch.save(checkpoint, buffer := io.BytesIO())
                 write_file(run_dir / "checkpoint.pt", buffer.getvalue())
     except FloatingPointError as error:
-        sys.exit(
-            f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; go on from "
-            f"the last checkpoint, with a lower --learning-rate for example: {resume_command}"
-        )
+        hint = f"go on from the last checkpoint, with a lower --learning-rate for example: {resume_command}"
+        hint = hint if (run_dir / "checkpoint.pt").exists() else "there is no checkpoint yet"
+        sys.exit(f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; {hint}")
     except OSError as error:
         fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
     progress.close()
     if RANK == 0:
         writer.close()
-        if stop_signals:
+        if stopped and not ends:
             print(f"stopped after iteration {iteration}; go on with: {resume_command}")
-            sys.exit(128 + stop_signals[0])
+            sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
         print_table(heldout_returns)
         if args.capture_video:
             evaluate(agent, args, heldout_tasks[:4], run_dir / "videos")

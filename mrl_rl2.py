@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -317,12 +317,9 @@ class AntDir(HalfCheetahDir):
         return next_obs, rewards + healthy, ~healthy, truncated, infos
 
 
-gym.register("Bandit-v0", vector_entry_point=Bandit)
-gym.register("TabularMDP-v0", vector_entry_point=TabularMDP)
-gym.register("GridNavi-v0", vector_entry_point=GridNavi)
-gym.register("HalfCheetahDir-v0", vector_entry_point=HalfCheetahDir)
-gym.register("HalfCheetahVel-v0", vector_entry_point=HalfCheetahVel)
-gym.register("AntDir-v0", vector_entry_point=AntDir)
+for family in (Bandit, TabularMDP, GridNavi, HalfCheetahDir, HalfCheetahVel, AntDir):
+    if f"{family.__name__}-v0" not in gym.registry:  # another script may have brought the same one
+        gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
@@ -424,7 +421,7 @@ def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
     Whoever has finished its trial early goes on, masked, until all have. Returns a dict of tensors: inputs (L, M, I),
     actions (L, M, ...), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     device, dtype, space = agent.log_std.device, agent.log_std.dtype, envs.single_action_space
-    storage = {name: [] for name in ("inputs", "actions", "logprobs", "values", "rewards", "masks", "episodes")}
+    steps = []
     envs.unwrapped.set_attr("task", list(tasks))
     next_obs, _ = envs.reset(seed=seeds)
     episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=device)  # (M,)
@@ -437,29 +434,21 @@ def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
             params, values, hidden = agent(inputs[None], hidden)
             policy = policy_distribution(params[0], agent.log_std, agent.discrete)
             actions = sample_actions(policy, generator, shard)
-            next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(storage["inputs"]))
+            next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(steps))
             done = terminated | truncated
             if done.any():
                 next_obs, _ = envs.reset(options={"reset_mask": done})
 
             rewards = torch.as_tensor(rewards, dtype=dtype, device=device)
             done = torch.as_tensor(done, device=device)
-            step = (
-                inputs,
-                actions,
-                policy.log_prob(actions),
-                values[0],
-                rewards,
-                (episodes < num_episodes).to(dtype),
-                episodes,
-            )
-            for column, value in zip(storage.values(), step, strict=True):
-                column.append(value)
+            masks = (episodes < num_episodes).to(dtype)
+            steps.append((inputs, actions, policy.log_prob(actions), values[0], rewards, masks, episodes))
             # The last reward of an episode and its end are read together with the first observation of the next episode.
             encoded = nn.functional.one_hot(actions, space.n) if agent.discrete else actions
             previous = torch.cat([obs, encoded.to(dtype), rewards[:, None], done[:, None].to(dtype)], dim=-1)
             episodes = episodes + done
-    return {name: torch.stack(column) for name, column in storage.items()}
+    names = "inputs actions logprobs values rewards masks episodes".split()
+    return {name: torch.stack(column) for name, column in zip(names, zip(*steps, strict=True), strict=True)}
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
@@ -476,8 +465,9 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def mean_and_std(x, masks):
-    """Mean and standard deviation of x (L, M) over all real steps, those of the other processes included."""
-    count, total, squares = all_reduce(torch.stack([masks.sum(), (x * masks).sum(), (x**2 * masks).sum()]).double())
+    """Mean and standard deviation of x, of any shape, over all real steps, those of the other processes included."""
+    real, weights = x.double(), masks.double()
+    count, total, squares = all_reduce(torch.stack([weights.sum(), (real * weights).sum(), (real**2 * weights).sum()]))
     mean = total / count
     return mean.to(x.dtype), (squares / count - mean**2).clamp(min=0).sqrt().to(x.dtype)
 
@@ -518,9 +508,9 @@ def evaluate(agent, args, tasks, num_episodes, video_dir=None):
     return trial_returns(batch["rewards"], batch["episodes"], batch["masks"], num_episodes)
 
 
-def print_table(returns):
-    """The closing table, of held-out returns (E, tasks)."""
-    name = "tenth" if len(returns) == 10 else "episode"
+def print_table(returns, num_episodes):
+    """The closing table, of held-out returns (E, tasks), or (10, tasks) where a bandit's trial is longer."""
+    name = "episode" if len(returns) == num_episodes else "tenth"
     print(f"\nreturn on {returns.shape[1]} held-out tasks")
     for k, episode_returns in enumerate(returns, 1):
         print("{:>12} {:10.3f} ± {:.3f}".format(f"{name} {k}", *summarize(episode_returns)))
@@ -564,15 +554,21 @@ def make_envs(args, num_envs, film=False):
         sys.path.append(os.getcwd())  # where a family of your own may lie
         if module:
             importlib.import_module(module)
-        entry_point = gym.spec(name).vector_entry_point or gym.spec(name).entry_point
-        if gym.spec(name).vector_entry_point is None:
-            kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
+        spec = gym.spec(name)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    entry_point = spec.vector_entry_point or spec.entry_point
+    if spec.vector_entry_point is None:
+        kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
+    try:
         envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
         if film and "render_mode" in str(error):
             fail(f"--capture-video True: {args.env_id} draws no pictures")
+        if not args.env_kwargs:
+            raise
         creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
         names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
         fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
@@ -599,7 +595,7 @@ def task_family(envs):
 
 
 def sample_tasks(envs, num_tasks, rng):
-    return list(task_family(envs).sample_tasks(num_tasks, rng))
+    return list(task_family(envs).sample_tasks(num_tasks, rng)) if num_tasks else []
 
 
 def all_reduce(tensor):
@@ -665,7 +661,7 @@ def write_file(path, content):
 
 def summarize(returns):
     """Mean over tasks and its standard error, of returns (tasks)."""
-    return returns.mean().item(), (returns.std() / len(returns) ** 0.5).item()
+    return returns.mean().item(), (returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5).item()
 
 
 def eval_csv_rows(global_step, split, returns, first):
@@ -684,13 +680,15 @@ if __name__ == "__main__":
     flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
     if path:
         checkpoint = load_checkpoint(flag, path)
-        args = tyro.cli(Args, description=__doc__, default=Args(**checkpoint["args"]))
+        saved = Args(**checkpoint["args"])
+        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
+        args.env_kwargs = saved.env_kwargs | args.env_kwargs
     require(args, "resume", lambda x: not (x and args.evaluate), "cannot be given together with --evaluate")
     require(args, "total_timesteps eval_every checkpoint_every", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "eval_tasks", lambda x: x >= 2, "give at least 2 tasks, so that there is a standard error")
-    require(args, "seed num_train_tasks torch_threads", lambda x: x >= 0, "give a whole number of at least 0")
-    require(args, "device", lambda x: x == "cpu" or torch.cuda.is_available(), "torch sees no GPU here; give cpu")
-    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give a multiple of the {WORLD_SIZE} processes")
+    require(args, "seed num_train_tasks torch_threads", lambda x: 0 <= x < 2**31, "give a whole number from 0 to 2147483647")
+    require(args, "device", lambda x: x == "cpu" or x == "cuda" and torch.cuda.is_available(), "give cpu, or cuda with a GPU")
+    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give 1 or more for each of {WORLD_SIZE} processes")
     require(args, "hidden_size num_minibatches update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "num_minibatches", lambda x: args.num_tasks % x == 0, f"give a divisor of --num-tasks {args.num_tasks}")
     require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
@@ -702,12 +700,14 @@ if __name__ == "__main__":
         torch.set_num_threads(args.torch_threads)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_default_dtype(getattr(torch, args.dtype))
     torch.manual_seed(args.seed)  # for the first weights alone: every other draw has a stream of its own
     device = torch.device(args.device)
     envs = make_envs(args, args.num_tasks // WORLD_SIZE)
     num_episodes = args.episodes_per_trial or getattr(task_family(envs), "episodes_per_trial", 2)
-    require(args, "env_kwargs", lambda x: num_episodes >= 1, "give at least 1 episode a trial")
+    require(args, "env_kwargs", lambda x: isinstance(num_episodes, int) and num_episodes >= 1, "give 1 episode or more")
     if args.capture_video:
         make_envs(args, 1, film=True).close()  # so that it fails now if at all
     heldout_tasks = sample_tasks(envs, args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
@@ -731,9 +731,14 @@ if __name__ == "__main__":
     resume_command = f"python {sys.argv[0]} --resume {run_dir / 'checkpoint.pt'}"
 
     if args.evaluate:
-        returns = evaluate(agent, args, heldout_tasks, num_episodes)
+        if RANK > 0:
+            sys.exit()
+        try:
+            returns = evaluate(agent, args, heldout_tasks, num_episodes)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}.py: {error} is not finite")
         write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=1))
-        print_table(returns)
+        print_table(returns, num_episodes)
         if args.capture_video:
             evaluate(agent, args, heldout_tasks[:4], num_episodes, run_dir / "videos")
         sys.exit()
@@ -741,7 +746,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + table, global_step)
-    stop_signals = []
+    stop_signals, stopped = [], False
 
     def stop_soon(signum, frame):
         stop_signals.append(signum)
@@ -753,7 +758,7 @@ if __name__ == "__main__":
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
     try:
-        while global_step < args.total_timesteps and not all_reduce(torch.tensor(len(stop_signals))):
+        while global_step < args.total_timesteps and not stopped:
             iteration += 1
             remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
@@ -795,7 +800,9 @@ if __name__ == "__main__":
             steps = int(lengths.sum())
             global_step += steps
             returns = trial_returns(rewards, batch["episodes"], masks, num_episodes)
-            pre, post = returns[0].mean().item(), returns[-1].mean().item()
+            returns = all_reduce(returns.sum(1)) / args.num_tasks  # (E,)
+            policy_loss, value_loss, entropy, approx_kl, clipfrac = all_reduce(torch.stack(losses).detach())
+            pre, post = returns[0].item(), returns[-1].item()
             progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
             progress.update(steps)
             residual, scale = mean_and_std(batch["returns"] - values, masks)[1], mean_and_std(batch["returns"], masks)[1]
@@ -814,8 +821,9 @@ if __name__ == "__main__":
                 "losses/explained_variance": 1 - (residual / scale) ** 2,
                 "losses/meta_grad_norm": meta_grad_norm,
             }
-            scalars |= {f"charts/episode_{k}_return": r.mean() for k, r in enumerate(returns, 1)}
+            scalars |= {f"charts/episode_{k}_return": r for k, r in enumerate(returns, 1)}
             ends = global_step >= args.total_timesteps
+            stopped = bool(all_reduce(torch.tensor(len(stop_signals), device=device)))
             if RANK == 0 and (ends or iteration % args.eval_every == 0):
                 heldout_returns = evaluate(agent, args, heldout_tasks, num_episodes)
                 train_returns = evaluate(agent, args, (train_tasks or tasks)[: args.eval_tasks], num_episodes)
@@ -828,7 +836,7 @@ if __name__ == "__main__":
             if RANK == 0:
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, torch.as_tensor(value).item(), global_step)
-            if RANK == 0 and (ends or stop_signals or iteration % args.checkpoint_every == 0):
+            if RANK == 0 and (ends or stopped or iteration % args.checkpoint_every == 0):
                 writer.flush()
                 checkpoint = {
                     "script": SCRIPT,
@@ -842,19 +850,18 @@ if __name__ == "__main__":
                 torch.save(checkpoint, buffer := io.BytesIO())
                 write_file(run_dir / "checkpoint.pt", buffer.getvalue())
     except FloatingPointError as error:
-        sys.exit(
-            f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; go on from "
-            f"the last checkpoint, with a lower --learning-rate for example: {resume_command}"
-        )
+        hint = f"go on from the last checkpoint, with a lower --learning-rate for example: {resume_command}"
+        hint = hint if (run_dir / "checkpoint.pt").exists() else "there is no checkpoint yet"
+        sys.exit(f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; {hint}")
     except OSError as error:
         fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
     progress.close()
     if RANK == 0:
         writer.close()
-        if stop_signals:
+        if stopped and not ends:
             print(f"stopped after iteration {iteration}; go on with: {resume_command}")
-            sys.exit(128 + stop_signals[0])
-        print_table(heldout_returns)
+            sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
+        print_table(heldout_returns, num_episodes)
         if args.capture_video:
             evaluate(agent, args, heldout_tasks[:4], num_episodes, run_dir / "videos")
         print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")

@@ -230,6 +230,8 @@ BAD_FLAGS = [
     ("--num-tasks -3", "--num-tasks -3"),
     ("--eval-tasks 0", "--eval-tasks 0"),
     ("--learning-rate nan", "--learning-rate nan"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999"),
+    ("--device gpu", "--device gpu"),
     ("--env-kwargs arms 5", "arms"),
     ("--env-id CartPoll-v1 --env-kwargs", "Did you mean: `CartPole`"),
     ("--env-id CartPole-v1 --env-kwargs", "sample_tasks"),
@@ -282,6 +284,25 @@ def test_bad_environment_is_one_line_and_nothing_created(script, file, text, fla
 def test_minibatches_that_do_not_divide(script, tmp_path):
     code, _, err = run(script, f"{SMALL[script][0]} --num-minibatches 3 --runs-dir runs", tmp_path)
     assert code == 2 and "--num-minibatches 3" in err and "divisor" in err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", ["--gamma 1", "--no-meta-policy --no-meta-value --no-meta-action-selection"])
+def test_actor_critic_that_cannot_learn(flags, tmp_path):
+    code, _, err = run("mrl_actor_critic", f"{SMALL['mrl_actor_critic'][0]} {flags} --runs-dir runs", tmp_path)
+    assert code == 2 and flags.split()[0][5:] in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
+def test_arguments_of_the_family_beside_a_checkpoint_win(tmp_path):
+    """Bandits of 4 pulls in training, of 6 in the evaluation, with the number of arms left as it was."""
+    run_dir = train("mrl_rl2", tmp_path, 1)
+    code, out, err = run("mrl_rl2", f"--evaluate {run_dir}/checkpoint.pt --env-kwargs n 6 --runs-dir evaluated", tmp_path)
+    assert code == 0 and "episode 6" in out and "episode 7" not in out, err
+
+
+@both
+def test_a_single_training_task_has_a_standard_error_of_zero(script, tmp_path):
+    rows = (train(script, tmp_path, 1, "--num-train-tasks 1") / "eval.csv").read_text()
+    assert ",train," in rows and "nan" not in rows
 
 
 class Attack:
@@ -420,6 +441,10 @@ def test_two_processes_equal_one(script, tmp_path):
     close = lambda x, y: torch.allclose(x, y, rtol=0, atol=1e-6)  # noqa: E731
     assert equal(checkpoint(one)["agent"], checkpoint(two)["agent"], close)
     assert len(list(two.glob("events*"))) == 1
+    first, second = scalars(one), scalars(two)  # what is logged is of all tasks, not of one process's share
+    assert first.keys() == second.keys()
+    for tag in first:
+        np.testing.assert_allclose(first[tag], second[tag], rtol=1e-4, atol=1e-4, err_msg=tag)
 
 
 @both
