@@ -289,7 +289,8 @@ def test_minibatches_that_do_not_divide(script, tmp_path):
 @pytest.mark.parametrize("flags", ["--gamma 1", "--no-meta-policy --no-meta-value --no-meta-action-selection"])
 def test_actor_critic_that_cannot_learn(flags, tmp_path):
     code, _, err = run("mrl_actor_critic", f"{SMALL['mrl_actor_critic'][0]} {flags} --runs-dir runs", tmp_path)
-    assert code == 2 and flags.split()[0][5:] in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "runs").exists()
+    assert code == 2 and len(err.strip().splitlines()) == 1 and flags.split()[0][5:] in err, err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_arguments_of_the_family_beside_a_checkpoint_win(tmp_path):
