@@ -109,8 +109,8 @@ class Args:
     """give the first episodes credit for what comes after adaptation (E-MAML): see `meta_loss`"""
     first_order: bool = False
     """leave out the second derivatives, for comparison"""
-    every_step: bool = True
-    """judge the policy after each step, not only after the last one"""
+    step_weights: tuple[float, ...] = ()
+    """weight of the policy after each step in the meta-loss: `0 0 1` judges the last one alone (nothing given: all alike)"""
     value_function: Literal["linear", "network"] = "linear"
     """of the inner learner: a least-squares fit in each task, or a meta-learned network adapted by the inner step"""
     hidden_size: int = 64
@@ -561,20 +561,20 @@ def clipped_loss(weights, batch, args):
 
 
 def meta_loss(weights, inner_lr, batches, args):
-    """Losses of one task as functions of the start: adapt on each batch but the last, judge on the last, or, with
-    `--every-step`, on each but the first.
+    """Losses of one task as functions of the start: adapt on each batch but the last, judge each adapted policy on the
+    batch that it played; the mean, with `--step-weights`.
 
     `inner_lr`: the rates of each step. With `--exploration-credit` the log-probability of what was drawn before the last
     batch is in the policy loss, times what came of it. Returns policy_loss, value_loss, entropy, approx_kl and clipfrac."""
-    losses, log_likelihood = [], 0.0
+    step_weights, losses, log_likelihood = args.step_weights or (1.0,) * len(inner_lr), [], 0.0
     for step_lr, batch, next_batch in zip(inner_lr, batches[:-1], batches[1:], strict=True):
         if args.exploration_credit:
             logprobs = log_prob(*policy(weights, batch["obs"]), batch["actions"])
             log_likelihood = log_likelihood + (logprobs * batch["masks"]).sum()
         weights = adapt(weights, step_lr, batch, args)
-        if args.every_step or next_batch is batches[-1]:
-            losses.append(clipped_loss(weights, next_batch, args))
-    policy_loss, *others = (sum(terms) / len(losses) for terms in zip(*losses, strict=True))
+        losses.append(clipped_loss(weights, next_batch, args))
+    shares = [w / sum(step_weights) for w in step_weights]
+    policy_loss, *others = (sum(w * x for w, x in zip(shares, terms, strict=True)) for terms in zip(*losses, strict=True))
     if args.exploration_credit:
         policy_loss = policy_loss - batches[-1]["credit"] * log_likelihood
     return policy_loss, *others
@@ -803,6 +803,8 @@ if __name__ == "__main__":
     require(args, "num_tasks", lambda x: x >= 2 or not args.exploration_credit, "--exploration-credit needs at least 2")
     require(args, "hidden_size num_episodes update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "adapt_steps eval_adapt_steps", lambda x: x >= 1, "give a whole number of at least 1")
+    require(args, "step_weights", lambda x: len(x) in (0, args.adapt_steps), "give one for each of the --adapt-steps")
+    require(args, "step_weights", lambda x: not x or min(x) >= 0 and sum(x) > 0, "give 0 or more, not all of them 0")
     require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
     require(args, "log_std log_std_shift", np.isfinite, "give a finite number")
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")

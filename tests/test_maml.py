@@ -22,7 +22,7 @@ from mrl_maml import Agent, Args, adapt, add_advantages, collect, compute_gae, l
 RESULTS = Path(__file__).parent / "results"
 DOUBLE = torch.float64
 # The tests do not depend on the defaults.
-SETTINGS = Args(adapt_steps=1, every_step=False, num_episodes=20, inner_lr=0.1, log_std=-1.7, log_std_shift=-0.4)
+SETTINGS = Args(adapt_steps=1, num_episodes=20, inner_lr=0.1, log_std=-1.7, log_std_shift=-0.4)
 
 
 class Countdown(gym.Env):
@@ -79,6 +79,11 @@ def play(env_id, num_tasks, num_steps, seed=0, shard=(0, 1), **flags):
     seeds = seeds[:, shard[0] :: shard[1]].tolist()
     generator = torch.Generator().manual_seed(seed)
     return args, agent, collect(agent, args, envs, tasks[shard[0] :: shard[1]], num_steps, seeds, generator, shard)
+
+
+def last_alone(num_steps):
+    """The meta-loss judges the policy after the last step only."""
+    return (0.0,) * (num_steps - 1) + (1.0,)
 
 
 def rates(agent, args, num_steps):
@@ -148,7 +153,7 @@ def expected_meta_gradient(problem, weights, num_steps, args):
         batches.append(problem.batch(current))
         current = adapt(current, step_lr, batches[-1], args)
     batches.append(problem.batch(current))
-    loss = meta_loss(weights, inner_lr, batches, args)[0]
+    loss = meta_loss(weights, inner_lr, batches, replace(args, step_weights=last_alone(num_steps)))[0]
     grads = torch.autograd.grad(-loss, list(weights.values()))
     return dict(zip(weights, grads, strict=True)), problem.objective(current).item()
 
@@ -173,7 +178,7 @@ def sampled_meta_gradient(problem, weights, num_steps, args):
             batches.append(problem.batch(current, slice(pick, pick + 1), expectation=False))
             current = adapt(current, step_lr, batches[-1], args)
         batches.append(problem.batch(current) | {"credit": problem.objective(current).detach()})
-        total = total - prob * meta_loss(weights, inner_lr, batches, args)[0]
+        total = total - prob * meta_loss(weights, inner_lr, batches, replace(args, step_weights=last_alone(num_steps)))[0]
     grads = torch.autograd.grad(total, list(weights.values()))
     return dict(zip(weights, grads, strict=True))
 
@@ -284,6 +289,7 @@ def test_tasks_at_once_equal_a_loop_over_tasks(env_id, num_steps, inner_loss):
     """Adapted weights and meta-gradient under vmap are those of a plain loop, for K = 1, 2, 3 (trap 3), with torch.autograd
     alone and the inner loss written out."""
     flags = {"adapt_steps": num_steps, "inner_loss": inner_loss, "inner_lr": 0.3, "num_episodes": 2}
+    flags["step_weights"] = last_alone(num_steps)
     args, agent, batches = play(env_id, 3, num_steps, **flags)
 
     def plain_step(weights, step_lr, batch):
@@ -344,15 +350,17 @@ def test_batches_do_not_depend_on_the_split_over_processes(env_id):
                 torch.testing.assert_close(share[name], batch[name][rank::2, :, :steps], atol=1e-10, rtol=1e-10)
 
 
-def test_every_step_judges_each_adapted_policy():
+def test_step_weights_judge_each_adapted_policy():
     args, agent, batches = play("MAMLCountdown-v0", 3, 2, adapt_steps=2, num_episodes=4)
 
     def entropy(num_steps, **flags):
         per_task = vmap(partial(meta_loss, args=replace(args, **flags)), in_dims=(None, None, 0))
         return per_task(dict(agent.weights), rates(agent, args, num_steps), batches[: num_steps + 1])[2]
 
-    torch.testing.assert_close(entropy(2, every_step=True), (entropy(1) + entropy(2)) / 2)
-    assert ((entropy(1) - entropy(2)).abs() > 1e-6).all()
+    first, last = entropy(1), entropy(2, step_weights=(0.0, 1.0))
+    torch.testing.assert_close(entropy(2), (first + last) / 2)
+    torch.testing.assert_close(entropy(2, step_weights=(3.0, 1.0)), (3 * first + last) / 4)
+    assert ((first - last).abs() > 1e-6).all()
 
 
 # Episodes that end early
@@ -376,7 +384,7 @@ def test_rollout_against_the_environment_by_hand():
 @pytest.mark.parametrize("value_function", ["linear", "network"])
 @pytest.mark.parametrize("inner_loss", ["ratio", "log-prob", "dice"])
 def test_padding_behind_an_episode_is_of_no_account(inner_loss, value_function):
-    flags = {"inner_loss": inner_loss, "value_function": value_function, "num_episodes": 4, "every_step": True}
+    flags = {"inner_loss": inner_loss, "value_function": value_function, "num_episodes": 4}
     args, agent, batches = play("MAMLCountdown-v0", 3, 1, **flags)
 
     def gradient(batches):
