@@ -690,7 +690,7 @@ def cartpole():
         sys.path.insert(0, folder)
         os.environ["PYTHONPATH"] = folder
         best, error = best_fixed_linear_policy("my_tasks:CartPoleTasks-v0")
-        rows.append(("best fixed linear policy", "", best, error, 200))
+        rows.append(("best fixed linear policy", "", best, error, 1000))
         for script, flags in CARTPOLE.items():
             flags = f"--env-id my_tasks:CartPoleTasks-v0 {flags} --eval-every 1000000"
             printed, run = run_script(f"{folder}/{script}", script, *flags.split())
