@@ -463,20 +463,20 @@ def linear_values(obs, returns, masks, ridge=1e-5):
     return (x @ coefficients).view_as(masks).to(masks.dtype)
 
 
-def critic_values(weights, inner_lr, batch, gamma):
+def critic_values(weights, inner_lr, batch, args):
     """Values (E, T) and last values (E) of one task, by the meta-learned critic after its own inner step on this very batch,
     and the returns (E, T) that it learns; what a time limit cut off is worth what the critic said before the step."""
     zeros = torch.zeros_like(batch["rewards"])
 
     def values_of(critic):
         obs = torch.cat([batch["obs"].flatten(0, 1), batch["last_obs"]])  # (E * T + E, D)
-        values, last_values = mlp(critic, "critic", obs).squeeze(-1).div(1 - gamma).split([zeros.numel(), len(zeros)])
+        values, last_values = mlp(critic, "critic", obs).squeeze(-1).div(1 - args.gamma).split([zeros.numel(), len(zeros)])
         return values.view_as(zeros), last_values * batch["truncated"]
 
-    returns = compute_gae(batch["rewards"], zeros, values_of(weights)[1], batch["masks"], gamma, 1.0)
+    returns = compute_gae(batch["rewards"], zeros, values_of(weights)[1], batch["masks"], args.gamma, 1.0)
     critic = {name: w for name, w in weights.items() if name.startswith("critic")}
-    grads = grad(critic_loss)(critic, batch | {"returns": returns}, gamma)
-    return *values_of({name: w - inner_lr[name] * grads[name] for name, w in critic.items()}), returns
+    grads = grad(critic_loss)(critic, batch | {"returns": returns}, args.gamma)
+    return *values_of({name: w - inner_lr[name] * args.vf_coef * grads[name] for name, w in critic.items()}), returns
 
 
 def add_advantages(batch, weights, inner_lr, args):
@@ -489,7 +489,7 @@ def add_advantages(batch, weights, inner_lr, args):
         values = linear_values(batch["obs"], returns, masks)
     else:
         fit = vmap(critic_values, in_dims=(0, None, 0, None))
-        values, last_values, returns = fit(weights, inner_lr, batch, args.gamma)
+        values, last_values, returns = fit(weights, inner_lr, batch, args)
     advantages = compute_gae(rewards, values, last_values, masks, args.gamma, args.gae_lambda)
     mean, std = task_mean_and_std(advantages, masks)
     residual_std, returns_std = task_mean_and_std(returns - values, masks)[1], task_mean_and_std(returns, masks)[1]

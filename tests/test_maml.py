@@ -491,6 +491,11 @@ def test_network_values_explain_returns_on_heldout_tasks():
     envs, tasks = make("PointNav-v0", 8, seed=5, **flags)[1::2]
     [batch] = collect(agent, args, envs, tasks, 0, [list(range(32))], torch.Generator().manual_seed(5))
     assert (batch["explained_variance"] > 0).all()
+    start = {name: w.detach().expand(8, *w.shape) for name, w in agent.weights.items()}
+    adapted = vmap(adapt, in_dims=(0, None, 0, None))(start, agent.inner_lr_of(0, 1), batch, args)
+    values = mrl_maml.mlp(adapted, "critic", batch["obs"].flatten(1, 2)).view_as(batch["masks"]) / (1 - args.gamma)
+    explained = 1 - (batch["returns"] - values).var((1, 2)) / batch["returns"].var((1, 2))  # the critic after `adapt`'s step
+    torch.testing.assert_close(batch["explained_variance"], explained, atol=1e-4, rtol=1e-4)
     for lr in agent.inner_lr.values():
         lr.data.zero_()
     [unadapted] = collect(agent, args, envs, tasks, 0, [list(range(32))], torch.Generator().manual_seed(5))
