@@ -10,18 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mrl_actor_critic as script  # noqa: E402
-from mrl_actor_critic import (  # noqa: E402
-    Agent,
-    Args,
-    action_rows,
-    actor,
-    adapt,
-    combine,
-    critic_features,
-    refine,
-    refine_path,
-    rollout,
-)
+from mrl_actor_critic import Agent, Args, action_rows, actor, adapt, combine, critic_features, refine, refine_path, rollout  # noqa: E402
 
 DISCRETE, BOX = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (2,))
 
