@@ -112,7 +112,8 @@ class Args:
     step_weights: tuple[float, ...] = ()
     """weight of the policy after each step in the meta-loss: `0 0 1` judges the last one alone (nothing given: all alike)"""
     value_function: Literal["linear", "network"] = "linear"
-    """of the inner learner: a least-squares fit in each task, or a meta-learned network adapted by the inner step"""
+    """of the inner learner: a least-squares fit in each task, or a meta-learned network adapted by the inner step, which wants
+    a shorter horizon, say --gamma 0.95"""
     hidden_size: int = 64
     """units of the two tanh layers"""
     log_std: float = -1.0

@@ -339,6 +339,7 @@ EVALUATIONS = (
     ("rl2_tabular_mdp_n10 at n=100", "TabularMDP n=100", "--eval-tasks 600 --env-kwargs n 100"),
     ("rl2_grid_navi", "GridNavi", "--eval-tasks 4000"),
     ("maml_point_nav", "PointNav", "--eval-tasks 400"),
+    ("maml_point_nav_long", "PointNav", "--eval-tasks 2000"),
     ("maml_point_nav_one_step", "PointNav", "--eval-tasks 400"),
     ("maml_point_nav_4_episodes", "PointNav", "--eval-tasks 400"),
     ("maml_sparse_point_nav_2_episodes", "SparsePointNav", "--eval-tasks 1000"),
