@@ -70,7 +70,7 @@ class Args:
     checkpoint_every: int = 10
     """iterations between two checkpoints"""
     runs_dir: str = "runs"
-    """folder in which each run gets a folder of its own"""
+    """folder in which each new run gets a folder of its own; a resumed one stays in its folder"""
     resume: str | None = None
     """go on with the stopped run of this checkpoint; flags given beside it win over the saved ones"""
     evaluate: str | None = None
