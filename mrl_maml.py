@@ -565,20 +565,22 @@ def meta_loss(weights, inner_lr, batches, args):
     """Losses of one task as functions of the start: adapt on each batch but the last, judge each adapted policy on the
     batch that it played; the mean, with `--step-weights`.
 
-    `inner_lr`: the rates of each step. With `--exploration-credit` the log-probability of what was drawn before the last
-    batch is in the policy loss, times what came of it. Returns policy_loss, value_loss, entropy, approx_kl and clipfrac."""
-    step_weights, losses, log_likelihood = args.step_weights or (1.0,) * len(inner_lr), [], 0.0
+    `inner_lr`: the rates of each step. With `--exploration-credit` the probability of all that was drawn before a batch is in
+    its policy loss, times what came of it, clipped too. Returns policy_loss, value_loss, entropy, approx_kl and clipfrac."""
+    step_weights, losses, ratios = args.step_weights or (1.0,) * len(inner_lr), [], []
     for step_lr, batch, next_batch in zip(inner_lr, batches[:-1], batches[1:], strict=True):
         if args.exploration_credit:
             logprobs = log_prob(*policy(weights, batch["obs"]), batch["actions"])
-            log_likelihood = log_likelihood + (logprobs * batch["masks"]).sum()
+            ratios.append(((logprobs - batch["logprobs"]) * batch["masks"]).exp().flatten())
         weights = adapt(weights, step_lr, batch, args)
-        losses.append(clipped_loss(weights, next_batch, args))
+        policy_loss, *others = clipped_loss(weights, next_batch, args)
+        if args.exploration_credit:
+            ratio, credit = torch.cat(ratios), next_batch["credit"]
+            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+            policy_loss = policy_loss - torch.min(ratio * credit, clipped * credit).sum()
+        losses.append((policy_loss, *others))
     shares = [w / sum(step_weights) for w in step_weights]
-    policy_loss, *others = (sum(w * x for w, x in zip(shares, terms, strict=True)) for terms in zip(*losses, strict=True))
-    if args.exploration_credit:
-        policy_loss = policy_loss - batches[-1]["credit"] * log_likelihood
-    return policy_loss, *others
+    return tuple(sum(w * x for w, x in zip(shares, terms, strict=True)) for terms in zip(*losses, strict=True))
 
 
 def collect(agent, args, envs, tasks, num_steps, seeds, generator, shard=(0, 1)):
@@ -603,7 +605,7 @@ def episode_returns(batches):
 
 
 def exploration_credit(returns, batch, num_tasks):
-    """Weight (M) of the log-likelihood of a task's earlier batches: its returns (M) after adaptation less those of all other
+    """Advantage (M) of each action of a task's earlier batches: its returns (M) after adaptation less those of all other
     tasks, in the units of the policy loss, which is a mean over steps of advantages with deviation 1."""
     baseline = (all_reduce(returns.sum()) - returns) / (num_tasks - 1)
     return (returns - baseline) / (batch["masks"].sum(-1).mean(-1) * batch["advantage_std"] + 1e-8)
@@ -805,7 +807,7 @@ if __name__ == "__main__":
     require(args, "hidden_size num_episodes update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "adapt_steps eval_adapt_steps", lambda x: x >= 1, "give a whole number of at least 1")
     require(args, "step_weights", lambda x: len(x) in (0, args.adapt_steps), "give one for each of the --adapt-steps")
-    require(args, "step_weights", lambda x: not x or min(x) >= 0 and sum(x) > 0, "give 0 or more, not all of them 0")
+    require(args, "step_weights", lambda x: not x or min(x) >= 0 and 0 < sum(x) < np.inf, "give 0 or more, not all of them 0")
     require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
     require(args, "log_std log_std_shift", np.isfinite, "give a finite number")
     require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
@@ -894,7 +896,8 @@ if __name__ == "__main__":
             batches = collect(agent, args, envs, own_tasks, args.adapt_steps, seeds, generator, shard)
             returns = episode_returns(batches)  # (K + 1, M)
             if args.exploration_credit:
-                batches[-1]["credit"] = exploration_credit(returns[-1], batches[-1], args.num_tasks)
+                for batch, adapted_returns in zip(batches[1:], returns[1:], strict=True):
+                    batch["credit"] = exploration_credit(adapted_returns, batch, args.num_tasks)
             rollout_time, start = time.time() - start, time.time()
 
             for _ in range(args.update_epochs):

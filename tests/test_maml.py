@@ -166,8 +166,9 @@ def expected_objective(problem, weights, num_steps):
     return problem.objective(weights)
 
 
-def sampled_meta_gradient(problem, weights, num_steps, args):
+def sampled_meta_gradient(problem, weights, step_weights, args):
     """Of one episode a step: the mean over all data sets, with their probabilities."""
+    num_steps = len(step_weights)
     weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
     inner_lr = [{name: torch.tensor(STEP_SIZE) for name in weights}] * num_steps
     total = 0.0
@@ -175,18 +176,20 @@ def sampled_meta_gradient(problem, weights, num_steps, args):
         batches, current, prob = [], weights, 1.0
         for step_lr, pick in zip(inner_lr, picks, strict=True):
             prob = prob * problem.probs(current)[pick].item()
-            batches.append(problem.batch(current, slice(pick, pick + 1), expectation=False))
+            credit = {"credit": problem.objective(current).detach()}
+            batches.append(problem.batch(current, slice(pick, pick + 1), expectation=False) | credit)
             current = adapt(current, step_lr, batches[-1], args)
         batches.append(problem.batch(current) | {"credit": problem.objective(current).detach()})
-        total = total - prob * meta_loss(weights, inner_lr, batches, replace(args, step_weights=last_alone(num_steps)))[0]
+        total = total - prob * meta_loss(weights, inner_lr, batches, replace(args, step_weights=step_weights))[0]
     grads = torch.autograd.grad(total, list(weights.values()))
     return dict(zip(weights, grads, strict=True))
 
 
-def sampled_objective(problem, weights, num_steps):
-    """E[J(theta_K)] over data sets of one episode a step, theta_(k+1) = theta_k + a sum_t grad log pi (G_t - b_t)."""
-    if num_steps == 0:
-        return problem.objective(weights)
+def sampled_objective(problem, weights, shares):
+    """E[sum_k share_k J(theta_k)] over data sets of one episode a step, theta_(k+1) = theta_k + a sum_t grad log pi (G_t -
+    b_t)."""
+    if not shares:
+        return torch.zeros(())
 
     def surrogate(weights, pick):
         return (pick[:, None] * problem.logprobs(weights) * (problem.to_go - problem.baseline)).sum()
@@ -194,7 +197,7 @@ def sampled_objective(problem, weights, num_steps):
     def after(pick):
         grads = grad(surrogate)(weights, pick)
         adapted = {name: w + STEP_SIZE * grads[name] for name, w in weights.items()}
-        return sampled_objective(problem, adapted, num_steps - 1)
+        return shares[0] * problem.objective(adapted) + sampled_objective(problem, adapted, shares[1:])
 
     return (problem.probs(weights) * vmap(after)(torch.eye(len(problem.obs)))).sum()
 
@@ -241,24 +244,43 @@ def test_meta_gradient_of_the_expected_update(name, num_steps):
     assert errors["log-prob"] > 0.03 and errors["--first-order"] > 0.03
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("step_weights", [(1.0,), (0.0, 1.0), (1.0, 2.0)])
 @pytest.mark.parametrize("name", ["bandit", "mdp"])
-def test_meta_gradient_of_the_sampled_update(name, num_steps):
+def test_meta_gradient_of_the_sampled_update(name, step_weights):
     """Trap 2. E-MAML's objective, the mean over the data sets that the start draws: with `--exploration-credit` each inner
     loss has all of its gradient. Without it, `log-prob` leaves out how the start changes the data."""
     problem = Problem(name)
     weights = problem.weights(seed=1)
-    exact = finite_differences(partial(sampled_objective, problem, num_steps=num_steps), weights)
+    shares = tuple(w / sum(step_weights) for w in step_weights)
+    exact = finite_differences(partial(sampled_objective, problem, shares=shares), weights)
     for inner_loss in ("dice", "ratio", "log-prob"):
         args = replace(SETTINGS, inner_loss=inner_loss, exploration_credit=True)
-        grads = sampled_meta_gradient(problem, weights, num_steps, args)
+        grads = sampled_meta_gradient(problem, weights, step_weights, args)
         torch.testing.assert_close(flat(grads), flat(exact), atol=1e-6, rtol=0)
     errors = {}
     for inner_loss in ("dice", "ratio", "log-prob"):
-        without = sampled_meta_gradient(problem, weights, num_steps, replace(SETTINGS, inner_loss=inner_loss))
+        without = sampled_meta_gradient(problem, weights, step_weights, replace(SETTINGS, inner_loss=inner_loss))
         errors[inner_loss] = relative_error(without, exact)
-    print(f"\n{name}, K={num_steps}, one episode a step, without credit:", {k: f"{e:.1e}" for k, e in errors.items()})
+    print(f"\n{name}, {step_weights=}, one episode a step, without credit:", {k: f"{e:.1e}" for k, e in errors.items()})
     assert min(errors.values()) > 0.03
+
+
+def test_exploration_credit_is_clipped():
+    """An action that has become more probable by more than the clipping allows gets no further credit, only blame."""
+    problem = Problem("bandit")
+    weights = {name: w.requires_grad_() for name, w in problem.weights().items()}
+    inner_lr = [{name: torch.tensor(STEP_SIZE) for name in weights}]
+    args = replace(SETTINGS, exploration_credit=True)
+    first = problem.batch(weights)
+    first["logprobs"] = first["logprobs"] - 0.5
+    second = problem.batch(adapt(weights, inner_lr[0], first, args))
+
+    def gradient(credit):
+        loss = meta_loss(weights, inner_lr, [first, second | {"credit": torch.tensor(credit)}], args)[0]
+        return flat(dict(enumerate(torch.autograd.grad(loss, list(weights.values())))))
+
+    torch.testing.assert_close(gradient(1.0), gradient(0.0), atol=1e-12, rtol=0)
+    assert (gradient(-1.0) - gradient(0.0)).norm() > 0.1
 
 
 def test_log_prob_is_first_order_for_centred_advantages():
