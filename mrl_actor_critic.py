@@ -308,7 +308,7 @@ class Agent(nn.Module):
         self.prior_mean = nn.Parameter(torch.zeros(shape))
         self.log_precision = nn.Parameter(torch.zeros(shape))
         self.prior_level = nn.Parameter(torch.zeros(2))  # of rewards before any data, and of log-precisions
-        num_level = obs_dim if self.discrete else 1  # a one-hot observation, or the constant, has it in Q
+        num_level = obs_dim if self.discrete else 1  # the level of Q is in a one-hot observation, or in the constant
         self.register_buffer("is_level", (torch.arange(shape[1]) < num_level).to(self.prior_mean.dtype))
         self.logit_gamma, self.max_gamma = nn.Parameter(torch.tensor(0.0)), args.max_critic_gamma
         # Meta action selection: optimism and noise, each a + b log(1 + rounds left). Plain exploration has no optimism.
@@ -481,10 +481,10 @@ def rollout(agent, envs, tasks, num_rounds, num_episodes, seeds, noise_key=None,
     """Plays a trial of each task: rounds of `num_episodes` episodes, before each of which the critic is solved on all before.
 
     Without `noise_key` the most probable actions are taken; so they are in the further round of one episode that `exploit`
-    adds. Who has finished the round early waits, masked. Returns a dict of tensors, R rounds of L steps: obs, next_obs
-    (N, R, L, D), actions (N, R, L, ...), next_rows (N, R, L, B K), which are the actor's expectation of x(a) there, weights
-    (N, R, L, B W) and known (N, R, L, 2 B W) of the critic, and (N, R, L) each: logprobs, rewards, terminated, dones, masks
-    (1: a real step), episodes (from 0)."""
+    adds, by the action selection of a last round. Who has finished the round early waits, masked. Returns a dict of tensors,
+    R rounds of L steps: obs, next_obs (N, R, L, D), actions (N, R, L, ...), next_rows (N, R, L, B K), which are the actor's
+    expectation of x(a) there, weights (N, R, L, B W) and known (N, R, L, 2 B W) of the critic, and (N, R, L) each: logprobs,
+    rewards, terminated, dones, masks (1: a real step), episodes (from 0)."""
     envs.unwrapped.set_attr("task", list(tasks))
     gamma, rounds = agent.gamma(), []
     like, precision = (x.expand(envs.num_envs, -1, -1) for x in agent.prior())  # (N, B, W)
@@ -643,7 +643,7 @@ def returns_by_episode(batch, num_episodes):
 
 
 def evaluate(agent, args, tasks, num_rounds, video_dir=None):
-    """Plays one trial of each task, always with the same noise, and an episode without exploration: (E + 1, tasks)."""
+    """Plays a trial of each task, always with the same noise, and an episode of the most probable actions: (E + 1, tasks)."""
     envs = make_envs(args, len(tasks), film=video_dir is not None)
     if video_dir is not None:
         envs = RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: True)
@@ -689,7 +689,8 @@ def require(args, flags, ok, right):
     """Fails unless `ok(value)` for each of `flags`; `right` says what would be."""
     for flag in flags.split():
         if not ok(value := getattr(args, flag)):
-            fail(f"--{flag.replace('_', '-')} {value}: {right}")
+            name = flag.replace("_", "-")
+            fail(f"--{'' if value else 'no-'}{name}: {right}" if isinstance(value, bool) else f"--{name} {value}: {right}")
 
 
 def make_envs(args, num_envs, film=False):
@@ -712,7 +713,7 @@ def make_envs(args, num_envs, film=False):
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
         if film and "render_mode" in str(error):
-            fail(f"--capture-video True: {args.env_id} draws no pictures")
+            fail(f"--capture-video: {args.env_id} draws no pictures")
         if not args.env_kwargs:
             raise
         creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
@@ -731,7 +732,7 @@ def make_envs(args, num_envs, film=False):
             envs.reset()
             envs.render()
         except Exception as error:  # whatever a missing renderer raises
-            fail(f"--capture-video True: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
+            fail(f"--capture-video: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
     return envs
 
 
@@ -882,7 +883,7 @@ if __name__ == "__main__":
 
     run_dir, resumes = Path(args.resume or "").parent, Path(args.resume or "").name == "checkpoint.pt"
     if not resumes:
-        run_dir = Path(args.runs_dir) / f"{args.env_id.split(':')[-1]}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.runs_dir) / f"{args.env_id.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
     try:
         if RANK == 0:
             run_dir.mkdir(parents=True, exist_ok=resumes)
@@ -960,7 +961,8 @@ if __name__ == "__main__":
                     meta_grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     stop_if_not_finite(policy_loss=policy_loss, value_loss=value_loss, meta_grad_norm=meta_grad_norm)
                     optimizer.step()
-            if iteration == 1 and args.meta_value:
+            has_level = not agent.discrete or bool((batch["obs"].sum(-1)[masks > 0] == 1).all())  # constant or one-hot
+            if iteration == 1 and args.meta_value and has_level:
                 agent.prior_level.data[0] = reward_mean  # the level of what is usual, from where it is learned
             update_time = time.time() - start
 

@@ -657,7 +657,8 @@ def require(args, flags, ok, right):
     """Fails unless `ok(value)` for each of `flags`; `right` says what would be."""
     for flag in flags.split():
         if not ok(value := getattr(args, flag)):
-            fail(f"--{flag.replace('_', '-')} {value}: {right}")
+            name = flag.replace("_", "-")
+            fail(f"--{'' if value else 'no-'}{name}: {right}" if isinstance(value, bool) else f"--{name} {value}: {right}")
 
 
 def make_envs(args, num_envs, film=False):
@@ -680,7 +681,7 @@ def make_envs(args, num_envs, film=False):
         fail(f"--env-id {args.env_id}: {error}")
     except (TypeError, ValueError, AssertionError) as error:
         if film and "render_mode" in str(error):
-            fail(f"--capture-video True: {args.env_id} draws no pictures")
+            fail(f"--capture-video: {args.env_id} draws no pictures")
         if not args.env_kwargs:
             raise
         creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
@@ -699,7 +700,7 @@ def make_envs(args, num_envs, film=False):
             envs.reset()
             envs.render()
         except Exception as error:  # whatever a missing renderer raises
-            fail(f"--capture-video True: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
+            fail(f"--capture-video: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
     return envs
 
 
@@ -842,7 +843,7 @@ if __name__ == "__main__":
 
     run_dir, resumes = Path(args.resume or "").parent, Path(args.resume or "").name == "checkpoint.pt"
     if not resumes:
-        run_dir = Path(args.runs_dir) / f"{args.env_id.split(':')[-1]}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        run_dir = Path(args.runs_dir) / f"{args.env_id.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
     try:
         if RANK == 0:
             run_dir.mkdir(parents=True, exist_ok=resumes)

@@ -334,7 +334,7 @@ def evaluate_trained(name, num_tasks):
 
 
 def test_trained_bandit_agent_is_near_the_optimum_and_never_above():
-    """Thompson sampling has 74.7 (Duan et al. 2016), Gittins index 78.67; the margin is four standard errors."""
+    """Thompson sampling has 74.7 (Duan et al. 2016), Gittins index 78.67 there; the margin is four standard errors."""
     totals = evaluate_trained("rl2_bandit_k5_n100.pt", 2_000).sum(0)
     margin = 4 * totals.std().item() / 2_000**0.5
     assert 78.67 + margin > totals.mean() > 78.0 - margin
