@@ -1026,6 +1026,9 @@ if __name__ == "__main__":
     except OSError as error:
         fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
     progress.close()
+    if WORLD_SIZE > 1:
+        dist.barrier()  # so that no thread still holds a tensor of Python's, which would crash it as Python ends
+        dist.destroy_process_group()
     if RANK == 0:
         writer.close()
         if stopped and not ends:
