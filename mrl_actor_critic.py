@@ -1026,15 +1026,13 @@ if __name__ == "__main__":
     except OSError as error:
         fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
     progress.close()
-    if WORLD_SIZE > 1:
-        dist.barrier()  # so that no thread still holds a tensor of Python's, which would crash it as Python ends
-        dist.destroy_process_group()
-    if RANK == 0:
-        writer.close()
-        if stopped and not ends:
-            print(f"stopped after iteration {iteration}; go on with: {resume_command}")
-            sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
-        print_table(heldout_returns)
-        if args.capture_video:
-            evaluate(agent, args, heldout_tasks[:4], eval_rounds, run_dir / "videos")
-        print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")
+    if RANK > 0:
+        os._exit(0)  # the usual end would race with gloo's threads, which may still hold tensors of Python's, and abort
+    writer.close()
+    if stopped and not ends:
+        print(f"stopped after iteration {iteration}; go on with: {resume_command}")
+        sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
+    print_table(heldout_returns)
+    if args.capture_video:
+        evaluate(agent, args, heldout_tasks[:4], eval_rounds, run_dir / "videos")
+    print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")
