@@ -5,31 +5,40 @@
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
-A trial is E episodes of one task. The network reads the observation, the step that led there (observation, action, reward)
-and whether an episode has just ended; its hidden state is carried through all episodes of the trial, so what it has seen of
-the task is in there and acting on it is the adaptation: no gradient step is taken in a task. Upstairs, PPO (Schulman et al.
-2017) maximises the return of the whole trial over many tasks. Advantages and hidden state therefore run across episode ends
-and are cut at the end of the trial alone; nothing comes after a trial, so nothing is bootstrapped there.
+A trial is E episodes of one task. In the inner loop a GRU reads what happens: each observation, and the step that led there
+(observation, action, reward, end of an episode). Its hidden state goes on from episode to episode, so what it has seen of the
+task is in there, and acting on it is the adaptation: no gradient step is taken in a task. In the outer loop, PPO maximises
+the return of whole trials over many tasks:
+
+    J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
+
+So advantages and hidden state run across the ends of episodes and are cut only at the end of the trial.
+The algorithm is in # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
     python mrl_rl2.py --evaluate runs/<run>/checkpoint.pt              # held-out tasks
     tensorboard --logdir runs
 
-Shapes: M tasks of a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size,
-I = 2 D + A + 2 input size, H hidden size.
+Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size,
+I = 2 D + A + 2 input size, H hidden size, S real steps of all trials.
 """
 
+import copy
 import importlib
-import inspect
-import io
+import json
 import os
+import pickle
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+import traceback
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -37,107 +46,86 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers.vector import RecordVideo
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+CHECKPOINT = tyro.conf.create_mutex_group(required=False)
+
 
 @dataclass
 class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's folder"""
     seed: int = 1
     """seed of every random draw"""
-    device: str = "cpu"
-    """cpu or cuda; networks this small run faster on the cpu"""
-    dtype: Literal["float32", "float64"] = "float32"
-    """number type of weights and data; float64 is for checking numerics"""
-    torch_threads: int = 0
-    """threads that torch may use (0: torch's own choice)"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """networks this small run faster on the cpu"""
+    torch_threads: int = 1
+    """threads that torch may use; more help only on cores that nothing else uses"""
     env_id: str = "GridNavi-v0"
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
-    env_kwargs: dict[str, int | float | str] = field(default_factory=dict)
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 4_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
-    eval_every: int = 20
+    eval_every: int = 25
     """iterations between two evaluations on held-out tasks"""
-    eval_tasks: int = 1000
+    eval_tasks: int = 200
     """number of held-out tasks, the same ones in each evaluation"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints"""
     runs_dir: str = "runs"
-    """folder in which each new run gets a folder of its own; a resumed one stays in its folder"""
-    resume: str | None = None
-    """go on with the stopped run of this checkpoint; flags given beside it win over the saved ones"""
-    evaluate: str | None = None
-    """evaluate this checkpoint on held-out tasks and exit; flags given beside it win over the saved ones"""
-    capture_video: bool = False
-    """film a few held-out tasks at the end (needs `pip install moviepy`)"""
+    """folder in which each run gets a folder of its own"""
+    resume: Annotated[str | None, CHECKPOINT] = None
+    """go on with the run of this checkpoint, in its folder; flags given beside it override saved ones"""
+    evaluate: Annotated[str | None, CHECKPOINT] = None
+    """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
 
     # Algorithm specific arguments
     learning_rate: float = 1e-3
-    """learning rate of Adam at the start"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to zero over the training"""
-    num_tasks: int = 256
-    """tasks of a meta-batch, M: one trial each"""
-    episodes_per_trial: int = 0
-    """episodes of a trial, E (0: as the task family says, or 2 where it says nothing)"""
+    """learning rate of Adam at the start; it falls linearly to zero over the training"""
+    num_tasks: int = 0
+    """tasks in a meta-batch, M, one trial each (0: as many as make some 16,000 environment steps)"""
     hidden_size: int = 128
     """size of the GRU's hidden state, H"""
-    gamma: float = 0.97
+    init_as_memory: bool = True
+    """start the GRU as a memory of rewards: see `init_as_memory`"""
+    gamma: float = 0.98
     """discount factor, over the whole trial"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation, over the whole trial"""
     num_minibatches: int = 4
     """minibatches of whole trials in each epoch"""
-    update_epochs: int = 3
+    update_epochs: int = 4
     """passes over the meta-batch in each iteration"""
-    clip_coef: float = 0.2
-    """clipping of the probability ratio"""
     ent_coef: float = 0.02
-    """weight of the entropy bonus at the start; it falls linearly to zero with `--anneal-lr`"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """the meta-gradient is scaled down to this norm"""
+    """weight of the entropy of discrete actions at the start; it falls linearly to zero over the training"""
 
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """What the natively vectorised families share: a task and a noise stream for each sub-environment, explicit resets.
+    """What the native task families share: sub-environments side by side, each restarted only when it is told to.
 
-    A family says how tasks are drawn (`sample_tasks`), taken up (`set_tasks`), started (`start`), acted in (`act`) and seen
-    (`observe`). Sub-environments that run together need no Python loop; episodes end after `episode_steps` steps.
-    """
+    A family draws tasks (`sample_tasks`), takes up those in `task` when all sub-environments are reset (`use_tasks`), starts
+    episodes (`start`), acts (`act`) and observes (`observe`), for all sub-environments at once."""
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
-    def __init__(self, num_envs, observation_space, action_space, episode_steps):
-        self.num_envs, self.episode_steps = num_envs, episode_steps
+    def __init__(self, num_envs, max_episode_steps, observation_space, action_space):
+        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        self.steps = np.zeros(num_envs, dtype=np.int64)
-        self.set_attr("task", self.sample_tasks(num_envs, np.random.default_rng(0)))
-        self.rngs = [np.random.default_rng(i) for i in range(num_envs)]
-
-    def set_attr(self, name, values):
-        setattr(self, name, values)
-        self.has_new_task = np.ones(self.num_envs, dtype=bool)
+        self.task, self.steps = self.sample_tasks(num_envs, np.random.default_rng(0)), np.zeros(num_envs, dtype=np.int64)
 
     def reset(self, *, seed=None, options=None):
-        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed`: one int for each sub-environment."""
-        if seed is not None:
-            self.rngs = [np.random.default_rng(s) for s in seed]
+        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed` is of the noise of all of them."""
+        super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        if (new := mask & self.has_new_task).any():
-            self.set_tasks(np.flatnonzero(new))
-            self.has_new_task &= ~new
+        if mask.all():
+            self.use_tasks(self.task)
         self.steps[mask] = 0
         self.start(mask)
         return self.observe(), {}
@@ -145,316 +133,200 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def step(self, actions):
         rewards = self.act(actions)
         self.steps += 1
-        ended = self.steps >= self.episode_steps
-        return self.observe(), rewards, np.zeros_like(ended), ended, {}
+        truncated = self.steps >= self.max_episode_steps
+        return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
 
 
 class Bandit(TaskVectorEnv):
     """k Bernoulli arms with p ~ U[0, 1]; a trial is n pulls, each pull an episode of one step (Duan et al. 2016, 3.1)."""
 
-    def __init__(self, num_envs=1, k=5, n=10):
-        self.k, self.episodes_per_trial, self.p = k, n, np.zeros((num_envs, k))
-        super().__init__(num_envs, gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(k), 1)
+    def __init__(self, num_envs=1, max_episode_steps=1, k=5, n=10):
+        self.k, self.episodes_per_trial = k, n
+        super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(k))
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.random((num_tasks, self.k)))
 
-    def set_tasks(self, index):
-        self.p[index] = np.stack([self.task[i] for i in index])
+    def use_tasks(self, tasks):
+        self.p = np.array(tasks)
 
     def start(self, mask):
         pass
 
     def act(self, actions):
-        u = np.array([rng.random() for rng in self.rngs])
-        return (u < self.p[np.arange(self.num_envs), actions]).astype(np.float64)
+        return (self.np_random.random(self.num_envs) < self.p[np.arange(self.num_envs), actions]).astype(np.float64)
 
     def observe(self):
         return np.zeros((self.num_envs, 1), dtype=np.float32)
-
-
-class TabularMDP(TaskVectorEnv):
-    """10 states, 5 actions, P(.|s,a) ~ Dirichlet(1), mean rewards ~ N(1, 1), observed with noise N(0, 1); 10 steps an
-    episode from state 0, n episodes a trial; the observation is the state, one-hot (Duan et al. 2016, 3.2)."""
-
-    def __init__(self, num_envs=1, n=10):
-        self.episodes_per_trial, self.state = n, np.zeros(num_envs, dtype=np.int64)
-        self.cdf, self.mean_reward = np.zeros((num_envs, 10, 5, 10)), np.zeros((num_envs, 10, 5))
-        super().__init__(num_envs, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5), 10)
-
-    def sample_tasks(self, num_tasks, rng):
-        return list(zip(rng.dirichlet(np.ones(10), (num_tasks, 10, 5)), rng.normal(1, 1, (num_tasks, 10, 5)), strict=True))
-
-    def set_tasks(self, index):
-        self.cdf[index] = np.cumsum([self.task[i][0] for i in index], axis=-1)
-        self.mean_reward[index] = [self.task[i][1] for i in index]
-
-    def start(self, mask):
-        self.state[mask] = 0
-
-    def act(self, actions):
-        u, noise = np.array([(rng.random(), rng.standard_normal()) for rng in self.rngs]).T
-        at = np.arange(self.num_envs), self.state, actions
-        self.state = (self.cdf[at] < u[:, None]).sum(-1).clip(max=9)
-        return self.mean_reward[at] + noise
-
-    def observe(self):
-        return np.eye(10, dtype=np.float32)[self.state]
 
 
 class GridNavi(TaskVectorEnv):
     """A 5x5 grid with a hidden goal, anywhere but in the 2x2 corner of the start; +1 on the goal, -0.1 off it; 15 steps an
     episode, 4 episodes a trial; the observation is x, y (Zintgraf et al. 2020, 5.1)."""
 
-    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 4}
     moves = np.array([[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]])
     goals = np.array([(x, y) for x in range(5) for y in range(5) if max(x, y) > 1])
+    episodes_per_trial = 4
 
-    def __init__(self, num_envs=1, render_mode=None):
-        self.episodes_per_trial, self.render_mode = 4, render_mode
-        self.position, self.goal = np.zeros((num_envs, 2), dtype=np.int64), np.zeros((num_envs, 2), dtype=np.int64)
-        super().__init__(num_envs, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5), 15)
+    def __init__(self, num_envs=1, max_episode_steps=15):
+        self.position = np.zeros((num_envs, 2), dtype=np.int64)
+        super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5))
 
     def sample_tasks(self, num_tasks, rng):
         return list(self.goals[rng.integers(len(self.goals), size=num_tasks)])
 
-    def set_tasks(self, index):
-        self.goal[index] = [self.task[i] for i in index]
+    def use_tasks(self, tasks):
+        self.goal = np.array(tasks)
 
     def start(self, mask):
         self.position[mask] = 0
 
     def act(self, actions):
         self.position = (self.position + self.moves[actions]).clip(0, 4)
-        return np.where((self.position == self.goal).all(-1), 1.0, -0.1)
+        return np.where((self.position == self.goal).all(axis=-1), 1.0, -0.1)
 
     def observe(self):
         return self.position.astype(np.float32)
 
-    def render(self):
-        """One picture for each sub-environment: the goal in green, the agent in blue."""
-        frames = np.full((self.num_envs, 5, 5, 3), 230, dtype=np.uint8)
-        for frame, goal, position in zip(frames, self.goal, self.position, strict=True):
-            frame[4 - goal[1], goal[0]] = (0, 158, 115)
-            frame[4 - position[1], position[0]] = (0, 114, 178)
-        return tuple(np.kron(frames, np.ones((1, 48, 48, 1), dtype=np.uint8)))
 
-
-class HalfCheetahDir(TaskVectorEnv):
-    """gymnasium's HalfCheetah-v5 that is to run forwards or backwards: reward direction * x_velocity - control cost, direction
-    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on all cores;
-    mujoco is imported for these families alone."""
-
-    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}
-    body, control_cost = "HalfCheetah-v5", 0.1
-
-    def __init__(self, num_envs=1, render_mode=None):
-        try:
-            self.robot = gym.make(self.body, render_mode=render_mode, width=64, height=64).unwrapped
-        except AttributeError as error:  # PyOpenGL's, where the library that MUJOCO_GL names is missing
-            raise gym.error.DependencyNotInstalled(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from error
-        model, self.simulate = self.robot.model, importlib.import_module("mujoco.rollout").rollout
-        self.render_mode, model.vis.quality.shadowsize = render_mode, 0  # shadows take ten times as long as all the rest
-        threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
-        self.data = [type(self.robot.data)(model) for _ in range(threads)]
-        self.state = np.zeros((num_envs, 1 + model.nq + model.nv))  # time, positions, velocities
-        self.goal, self.hidden = np.zeros(num_envs), 1 + self.robot.observation_structure["skipped_qpos"]
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state.shape[1] - self.hidden,))
-        super().__init__(num_envs, observation_space, self.robot.action_space, 200)
-
-    def sample_tasks(self, num_tasks, rng):
-        return list(rng.choice([-1.0, 1.0], num_tasks))
-
-    def set_tasks(self, index):
-        self.goal[index] = [self.task[i] for i in index]
-
-    def start(self, mask):
-        for i in np.flatnonzero(mask):
-            self.robot.np_random = self.rngs[i]
-            self.robot.reset_model()
-            self.state[i] = 0, *self.robot.data.qpos, *self.robot.data.qvel
-
-    def act(self, actions):
-        states, _ = self.simulate(self.robot.model, self.data, self.state, actions[:, None], nstep=self.robot.frame_skip)
-        x_velocity = (states[:, -1, 1] - self.state[:, 1]) / self.robot.dt
-        self.state = states[:, -1]
-        return self.reward(x_velocity) - self.control_cost * np.square(actions).sum(-1)
-
-    def reward(self, x_velocity):
-        return self.goal * x_velocity
-
-    def observe(self):
-        return self.state[:, self.hidden :].astype(np.float32)
-
-    def render(self):
-        """One picture for each sub-environment."""
-        frames = []
-        for qpos, qvel in (np.split(state[1:], [self.robot.model.nq]) for state in self.state):
-            self.robot.set_state(qpos, qvel)
-            frames.append(self.robot.render())
-        return tuple(frames)
-
-
-class HalfCheetahVel(HalfCheetahDir):
-    """HalfCheetah with a goal velocity ~ U[0, 2]: reward -|x_velocity - goal| - control cost (Finn et al. 2017, 5.3.2)."""
-
-    def sample_tasks(self, num_tasks, rng):
-        return list(rng.uniform(0, 2, num_tasks))
-
-    def reward(self, x_velocity):
-        return -np.abs(x_velocity - self.goal)
-
-
-class AntDir(HalfCheetahDir):
-    """gymnasium's Ant-v5, without contact forces, that is to walk forwards or backwards: reward direction * x_velocity -
-    control cost + 1 while it is healthy, its height in [0.2, 1]; an episode ends when it is not (Finn et al. 2017, 5.3.2)."""
-
-    body, control_cost = "Ant-v5", 0.5
-
-    def step(self, actions):
-        next_obs, rewards, _, truncated, infos = super().step(actions)
-        healthy = (0.2 <= self.state[:, 3]) & (self.state[:, 3] <= 1)
-        return next_obs, rewards + healthy, ~healthy, truncated, infos
-
-
-for family in (Bandit, TabularMDP, GridNavi, HalfCheetahDir, HalfCheetahVel, AntDir):
-    if f"{family.__name__}-v0" not in gym.registry:  # another script may have brought the same one
+for family in (Bandit, GridNavi):
+    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have brought it
         gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
-def layer_init(layer, std=2**0.5, bias_const=0.0):
-    torch.nn.init.orthogonal_(layer.weight, std)
-    torch.nn.init.constant_(layer.bias, bias_const)
-    return layer
-
-
 class Agent(nn.Module):
     """A GRU reads the trial. Actor and critic read its hidden state together with the observation, through a layer and
     through weights on the observation that the hidden state makes (a recurrent hypernetwork, Beck et al. 2023)."""
 
-    def __init__(self, obs_dim, action_space, hidden_size):
+    def __init__(self, obs_dim, action_space, args):
         super().__init__()
         self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        self.gru = nn.GRU(2 * obs_dim + self.action_dim + 2, hidden_size)
-        self.trunk = nn.Sequential(layer_init(nn.Linear(hidden_size + obs_dim, hidden_size)), nn.Tanh())
-        self.actor = layer_init(nn.Linear(hidden_size, self.action_dim), std=0.01)
-        self.critic = layer_init(nn.Linear(hidden_size, 1), std=1.0)
-        self.hypernetwork = layer_init(nn.Linear(hidden_size, (self.action_dim + 1) * obs_dim), std=0.01)
+        self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN, and the size of what it makes of one
+        self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
+        self.trunk = nn.Sequential(nn.Linear(args.hidden_size + code_dim, args.hidden_size), nn.Tanh())
+        self.heads = nn.Linear(args.hidden_size, self.action_dim + 1)  # logits or means of actions, and the value
+        self.hypernetwork = nn.Linear(args.hidden_size, (self.action_dim + 1) * code_dim)
+        nn.init.orthogonal_(self.heads.weight, 0.01)
+        nn.init.orthogonal_(self.hypernetwork.weight, 0.01)
         self.log_std = nn.Parameter(torch.zeros(0 if self.discrete else self.action_dim))
-        self.register_buffer("return_mean", torch.tensor(0.0))
-        self.register_buffer("return_std", torch.tensor(0.0))
-        self.open_gates_seldom()
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("reward_scale", torch.ones(()))
+        self.register_buffer("return_mean", torch.zeros(()))
+        self.register_buffer("return_std", torch.ones(()))
+        if args.init_as_memory:
+            self.init_as_memory(code_dim)
 
     @torch.no_grad()
-    def open_gates_seldom(self, gain=5.0, threshold=8.0):
+    def init_as_memory(self, code_dim, gain=5.0, threshold=8.0):
         """Starts the GRU as a memory: each unit writes the reward for a few pairs of previous observation and action, its own
         ones, and keeps its state at all others. PyTorch's own start forgets half of everything at each step."""
-        for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0):
+        before, reward = slice(code_dim, -2), -2  # what the input holds of the step before
+        _, keep, new = self.gru.weight_ih_l0.chunk(3)  # (H, I) each; an update gate of 1 keeps the state
+        for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
             nn.init.zeros_(parameter)
-        _, update, new = self.gru.weight_ih_l0.chunk(3)  # (H, I) each; an update gate of 1 keeps the state
-        nn.init.zeros_(update)
-        nn.init.normal_(update[:, self.obs_dim : -2], std=gain)
+        nn.init.normal_(keep[:, before], std=gain)
         nn.init.constant_(self.gru.bias_ih_l0.chunk(3)[1], threshold)
-        new[:, -2] = torch.randn(len(new)).sign() / 2
+        new[:, reward] = torch.randn(len(new)).sign() / 2
 
-    def update_return_scale(self, returns, masks):
-        """Follows mean and deviation of the returns (L, M), in whose units the critic answers, so that its loss is O(1)."""
-        mean, std = mean_and_std(returns, masks)
-        step = 0.1 if self.return_std > 0 else 1.0
-        self.return_mean += step * (mean - self.return_mean)
-        self.return_std += step * (std.clamp(min=1e-3) - self.return_std)
+    def set_units(self, obs, rewards):
+        """Takes the units of observations (S, D) and rewards (S), for good: what the network reads must not drift."""
+        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
+        if rewards.any():
+            self.reward_scale = (rewards[rewards != 0] ** 2).mean().sqrt()
 
-    def forward(self, inputs, hidden=None):
-        """Runs whole trials or single steps: inputs (L, M, I), hidden (1, M, H), None at the start of a trial.
+    def follow_returns(self, returns, step):
+        """Follows mean and deviation of the returns (S), in whose units the critic answers, so that its loss is O(1)."""
+        self.return_mean += step * (returns.mean() - self.return_mean)
+        self.return_std += step * (returns.std().clamp(min=1e-3) - self.return_std)
+        average(self.return_mean, self.return_std)
 
-        Returns the logits, or means, of the actions (L, M, A), the values (L, M) and the hidden state after the last step."""
-        memory, hidden = self.gru(inputs, hidden)  # (L, M, H)
-        obs = inputs[..., : self.obs_dim]
+    def make_input(self, obs, last=None):
+        """What the GRU reads (M, I): the observations (M, D) and the step before them, nothing at the start of a trial.
+
+        `last`: observations (M, D), actions (M, ...), rewards (M) and ends of an episode (M) of that step. The last reward of
+        an episode is read together with the first observation of the next one."""
+        if last is None:
+            return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
+        last_obs, actions, rewards, dones = last
+        actions = nn.functional.one_hot(actions, self.action_dim) if self.discrete else actions
+        return torch.cat([obs, last_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
+
+    def encode(self, obs):
+        obs = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
+        return self.encoder(obs.flatten(0, -2)).unflatten(0, obs.shape[:-1])
+
+    def remember(self, inputs, real, segment=16):
+        """The GRU's states at the real steps (S, H) of whole trials (L, M, I), longest first. Trials that are over drop out
+        every `segment` steps, so that the time follows the real steps."""
+        memory, hidden = [], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size)
+        for start in range(0, len(inputs), segment):
+            steps, running = slice(start, start + segment), real[start].sum()
+            states, hidden = self.gru(inputs[steps, :running], hidden[:, :running])
+            memory.append(states[real[steps, :running]])
+        return torch.cat(memory)
+
+    def forward(self, inputs, hidden=None, real=None):
+        """Runs inputs (L, M, I) from the hidden state (1, M, H), None at the start of a trial; L may be 1.
+
+        Returns the policy and the values (L, M) at each step, and the hidden state after the last one. Given which steps are
+        `real` (L, M) of whole trials, longest first, it returns those of the real steps only (S)."""
+        obs, last_obs, last_step = inputs.split([self.obs_dim, self.obs_dim, self.action_dim + 2], dim=-1)
+        obs, last_obs = self.encode(obs), self.encode(last_obs)
+        inputs = torch.cat([obs, last_obs, last_step], dim=-1)
+        if real is None:
+            memory, hidden = self.gru(inputs, hidden)  # (L, M, H)
+        else:
+            memory, obs = self.remember(inputs, real), obs[real]  # (S, H), (S, D)
         features = self.trunk(torch.cat([memory, obs], dim=-1))
-        weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, self.obs_dim))
-        params = torch.cat([self.actor(features), self.critic(features)], dim=-1) + (weights @ obs[..., None]).squeeze(-1)
-        return params[..., :-1], self.return_mean + self.return_std * params[..., -1], hidden
+        weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, -1))
+        params = self.heads(features) + (weights @ obs[..., None]).squeeze(-1)
+        values = self.return_mean + self.return_std * params[..., -1]
+        if self.discrete:
+            return Categorical(logits=params[..., :-1], validate_args=False), values, hidden
+        std = self.log_std.clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
+        policy = Normal(params[..., :-1], std.expand_as(params[..., :-1]), validate_args=False)
+        return Independent(policy, 1, validate_args=False), values, hidden
 
 
 # ALGORITHM
-def policy_distribution(params, log_std, discrete):
-    """The policy at `params`: logits or means (..., A); the Gaussian's log-probability is summed over action dimensions."""
-    if discrete:
-        return Categorical(logits=params, validate_args=False)
-    std = log_std.clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
-    return Independent(Normal(params, std.expand_as(params), validate_args=False), 1, validate_args=False)
+@torch.no_grad()
+def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
+    """Plays a trial of `num_episodes` episodes in each sub-environment; without `explore`, by the most probable actions.
 
-
-def sample_actions(policy, generator, shard):
-    """Draws actions (N, ...), or takes the most probable ones where there is no generator.
-
-    The noise is drawn for the whole meta-batch, of which process `shard[0]` of `shard[1]` takes its share: what is drawn
-    for a task does not depend on the number of processes."""
-    if generator is None:
-        return policy.mode
-    like = policy.probs if isinstance(policy, Categorical) else policy.mean  # (N, A)
-    noise = like.new_empty(len(like) * shard[1], like.shape[1])
-    if isinstance(policy, Categorical):  # the first of exponential alarms with these rates is a categorical draw
-        return (like / noise.exponential_(generator=generator)[shard[0] :: shard[1]]).argmax(dim=-1)
-    return like + policy.stddev * noise.normal_(generator=generator)[shard[0] :: shard[1]]
-
-
-def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), clipped to a Box; restarts none. A result that is not finite stops
-    the run: it must not reach the weights."""
-    actions, space = actions.cpu().numpy(), envs.single_action_space
-    if isinstance(space, gym.spaces.Box):
-        actions = actions.reshape(envs.action_space.shape).clip(space.low, space.high).astype(space.dtype)
-    next_obs, rewards, terminated, truncated, _ = envs.step(actions)
-    finite = np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1)
-    if not finite.all():
-        task = finite.argmin() % len(tasks)
-        raise FloatingPointError(f"reward or observation in step {step} of task {task} ({str(tasks[task]):.60})")
-    return next_obs, rewards, terminated, truncated
-
-
-def rollout(agent, envs, tasks, num_episodes, seeds, generator, shard=(0, 1)):
-    """Plays a trial of `num_episodes` episodes in each sub-environment; without a generator, with the most probable actions.
-
-    Whoever has finished its trial early goes on, masked, until all have. Returns a dict of tensors: inputs (L, M, I),
-    actions (L, M, ...), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
-    device, dtype, space = agent.log_std.device, agent.log_std.dtype, envs.single_action_space
-    steps = []
-    envs.unwrapped.set_attr("task", list(tasks))
-    next_obs, _ = envs.reset(seed=seeds)
-    episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=device)  # (M,)
-    previous = torch.zeros(envs.num_envs, agent.gru.input_size - agent.obs_dim, dtype=dtype, device=device)
-    hidden = None
-    with torch.no_grad():
-        while (episodes < num_episodes).any():
-            obs = torch.as_tensor(next_obs, dtype=dtype, device=device)  # (M, D)
-            inputs = torch.cat([obs, previous], dim=-1)  # (M, I)
-            params, values, hidden = agent(inputs[None], hidden)
-            policy = policy_distribution(params[0], agent.log_std, agent.discrete)
-            actions = sample_actions(policy, generator, shard)
-            next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(steps))
-            done = terminated | truncated
-            if done.any():
-                next_obs, _ = envs.reset(options={"reset_mask": done})
-
-            rewards = torch.as_tensor(rewards, dtype=dtype, device=device)
-            done = torch.as_tensor(done, device=device)
-            masks = (episodes < num_episodes).to(dtype)
-            steps.append((inputs, actions, policy.log_prob(actions), values[0], rewards, masks, episodes))
-            # The last reward of an episode and its end are read together with the first observation of the next episode.
-            encoded = nn.functional.one_hot(actions, space.n) if agent.discrete else actions
-            previous = torch.cat([obs, encoded.to(dtype), rewards[:, None], done[:, None].to(dtype)], dim=-1)
-            episodes = episodes + done
-    names = "inputs actions logprobs values rewards masks episodes".split()
-    return {name: torch.stack(column) for name, column in zip(names, zip(*steps, strict=True), strict=True)}
+    Whoever has finished its trial early goes on, masked, until all have. Returns a dict of tensors: inputs (L, M, I), actions
+    (L, M, ...), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    batch, last, hidden, device = defaultdict(list), None, None, agent.obs_mean.device
+    set_tasks(envs, tasks)
+    next_obs, _ = envs.reset(seed=seed)
+    episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=device)
+    while (episodes < num_episodes).any():
+        obs = torch.as_tensor(next_obs, dtype=torch.get_default_dtype(), device=device)  # (M, D)
+        inputs = agent.make_input(obs, last)
+        policy, values, hidden = agent(inputs[None], hidden)
+        actions = policy.sample() if explore else policy.mode  # (1, M, ...)
+        next_obs, rewards, terminated, truncated = step_envs(envs, actions[0], tasks, len(batch["inputs"]))
+        if (dones := terminated | truncated).any():
+            next_obs, _ = envs.reset(options={"reset_mask": dones})
+        rewards, dones = torch.as_tensor(rewards).to(obs), torch.as_tensor(dones).to(obs)
+        last = obs, actions[0], rewards, dones
+        batch["inputs"].append(inputs)
+        batch["actions"].append(actions[0])
+        batch["logprobs"].append(policy.log_prob(actions)[0])
+        batch["values"].append(values[0])
+        batch["rewards"].append(rewards)
+        batch["masks"].append((episodes < num_episodes).to(obs))
+        batch["episodes"].append(episodes)
+        episodes = episodes + dones.long()
+    return {name: torch.stack(steps) for name, steps in batch.items()}
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) over whole trials; all (L, M).
 
-    It runs across the ends of episodes. Behind the trial there is nothing: the value there is zero, not bootstrapped."""
+    It runs across the ends of episodes. After the trial comes nothing: the value there is zero, not bootstrapped."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -464,406 +336,372 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
     return advantages
 
 
-def mean_and_std(x, masks):
-    """Mean and standard deviation of x, of any shape, over all real steps, those of the other processes included."""
-    real, weights = x.double(), masks.double()
-    count, total, squares = all_reduce(torch.stack([weights.sum(), (real * weights).sum(), (real**2 * weights).sum()]))
-    mean = total / count
-    return mean.to(x.dtype), (squares / count - mean**2).clamp(min=0).sqrt().to(x.dtype)
-
-
-def meta_loss(agent, batch, mb_inds, num_steps, clip_coef):
+def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step on.
 
-    Sums over these trials, divided by the steps of the whole minibatch, so that the shares of the processes add up.
-    Returns policy_loss, value_loss (in units of the return's deviation), entropy, approx_kl and clipfrac."""
-    masks = batch["masks"][:, mb_inds]
-    params, newvalues, _ = agent(batch["inputs"][:, mb_inds])
-    policy = policy_distribution(params, agent.log_std, agent.discrete)
-    logratio = policy.log_prob(batch["actions"][:, mb_inds]) - batch["logprobs"][:, mb_inds]  # (L, MB)
-    ratio, mb_advantages = logratio.exp(), batch["advantages"][:, mb_inds]
+    Returns means over the real steps by name; the value loss is in units of the return's deviation."""
+    lengths = batch["masks"].sum(0)
+    mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]
+    mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
+    real = mb["masks"] > 0
+    policy, newvalues, _ = agent(mb["inputs"], real=real)
+    logratio = policy.log_prob(mb["actions"][real]) - mb["logprobs"][real]  # (S)
+    ratio, mb_advantages = logratio.exp(), mb["advantages"][real]
     policy_loss = -torch.min(ratio * mb_advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * mb_advantages)
-    value_loss = ((newvalues - batch["returns"][:, mb_inds]) / agent.return_std) ** 2  # (L, MB)
-    approx_kl, clipfrac = (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > clip_coef).to(masks.dtype)
-    return [(x * masks).sum() / num_steps for x in (policy_loss, value_loss, policy.entropy(), approx_kl, clipfrac)]
+    losses = {
+        "policy_loss": policy_loss,
+        "value_loss": ((newvalues - mb["returns"][real]) / agent.return_std) ** 2,
+        "entropy": policy.entropy(),
+        "approx_kl": (ratio - 1 - logratio).detach(),
+        "clipfrac": ((ratio - 1).abs() > clip_coef).float(),
+    }
+    return {name: loss.mean() for name, loss in losses.items()}
 
 
-def trial_returns(rewards, episodes, masks, num_episodes):
-    """Sums rewards (L, M) by episode: (E, M). Trials of one-step episodes (bandits) are summed by tenths: (10, M)."""
-    returns = rewards.new_zeros(num_episodes + 1, rewards.shape[1])
-    returns = returns.scatter_add_(0, episodes.clamp(max=num_episodes), rewards * masks)[:num_episodes]
+def episode_returns(batch, num_episodes):
+    """Sums the rewards of each episode: (E, M). Trials of one-step episodes (bandits) are summed by tenths: (10, M)."""
+    rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
+    returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
     if len(rewards) == num_episodes > 10:
         returns = torch.stack([tenth.sum(0) for tenth in returns.tensor_split(10)])
     return returns
 
 
-def evaluate(agent, args, tasks, num_episodes, video_dir=None):
-    """Plays one trial of each task with the most probable actions; returns (E, tasks), the noise always the same."""
-    envs = make_envs(args, len(tasks), film=video_dir is not None)
-    if video_dir is not None:
-        envs = RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: True)
-    seeds = stream(args.seed, 0, EVAL).integers(2**31, size=len(tasks)).tolist()
-    batch = rollout(agent, envs, tasks, num_episodes, seeds, generator=None)
-    envs.close()
-    return trial_returns(batch["rewards"], batch["episodes"], batch["masks"], num_episodes)
-
-
-def print_table(returns, num_episodes):
-    """The closing table, of held-out returns (E, tasks), or (10, tasks) where a bandit's trial is longer."""
-    name = "episode" if len(returns) == num_episodes else "tenth"
-    print(f"\nreturn on {returns.shape[1]} held-out tasks")
-    for k, episode_returns in enumerate(returns, 1):
-        print("{:>12} {:10.3f} ± {:.3f}".format(f"{name} {k}", *summarize(episode_returns)))
-    print("{:>12} {:10.3f} ± {:.3f}".format("whole trial", *summarize(returns.sum(0))))
+def evaluate(agent, envs, tasks, args):
+    """Plays one trial of each task by the most probable actions, always with the same noise. Returns by name the returns
+    (tasks) of its episodes, from 1, and of the whole `trial`."""
+    rng, returns, num_episodes = seed_all(args.seed, 0, EVALUATION), [], family_attribute(envs, "episodes_per_trial", 2)
+    for first in range(0, len(tasks), envs.num_envs):
+        chunk = [tasks[i % len(tasks)] for i in range(first, first + envs.num_envs)]
+        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=False)
+        returns.append(episode_returns(batch, num_episodes))
+    returns = torch.cat(returns, dim=1)[:, : len(tasks)].cpu()
+    return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
 
 
 # PLUMBING: the same text in each script
-SCRIPT = Path(__file__).stem
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-TASKS, NOISE, ACTIONS, MINIBATCHES, TRAIN_TASKS, HELDOUT_TASKS, EVAL = range(7)  # purposes of random draws
+HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # what is drawn in iteration 0
+MACHINE_FLAGS = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # not kept in a checkpoint
 
 
-def stream(*key):
-    """The random stream of (seed, iteration, purpose); what is drawn once has iteration 0."""
-    return np.random.default_rng(key)
-
-
-def torch_stream(device, *key):
-    return torch.Generator(device).manual_seed(int(stream(*key).integers(2**63)))
-
-
-def fail(message):
-    """Ends the program for bad input: one line, exit code 2."""
-    if RANK == 0:
-        print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+def fail(message, rank=0):
+    """Ends the program for bad input: one line, by process `rank`, and exit code 2."""
+    if RANK == rank:
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def require(args, flags, ok, right):
-    """Fails unless `ok(value)` for each of `flags`; `right` says what would be."""
-    for flag in flags.split():
-        if not ok(value := getattr(args, flag)):
-            name = flag.replace("_", "-")
-            fail(f"--{'' if value else 'no-'}{name}: {right}" if isinstance(value, bool) else f"--{name} {value}: {right}")
+def seed_all(*key):
+    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else that is random: so a resumed run
+    is the run that was never stopped."""
+    rng = np.random.default_rng(key)
+    torch.manual_seed(int(rng.integers(2**63)))
+    return rng
 
 
-def make_envs(args, num_envs, film=False):
-    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync."""
-    kwargs = {"render_mode": "rgb_array"} if film else {}
-    module, _, name = args.env_id.rpartition(":")
-    try:
-        sys.path.append(os.getcwd())  # where a family of your own may lie
-        if module:
-            importlib.import_module(module)
-        spec = gym.spec(name)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    entry_point = spec.vector_entry_point or spec.entry_point
-    if spec.vector_entry_point is None:
-        kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
-    try:
-        envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    except (TypeError, ValueError, AssertionError) as error:
-        if film and "render_mode" in str(error):
-            fail(f"--capture-video: {args.env_id} draws no pictures")
-        if not args.env_kwargs:
-            raise
-        creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
-        names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
-        fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
-    if not hasattr(task_family(envs), "sample_tasks"):
-        fail(f"--env-id {args.env_id}: it has no sample_tasks(num_tasks, rng); give a task family")
-    if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-        fail(f"--env-id {args.env_id}: observations are {envs.single_observation_space}; give a family with vectors (Box)")
-    space = envs.single_action_space
-    if not isinstance(space, gym.spaces.Discrete | gym.spaces.Box) or getattr(space, "start", 0) != 0:
-        fail(f"--env-id {args.env_id}: actions are {space}; give a family with Discrete, counted from 0, or Box")
-    if film:
+def average(*tensors):
+    """Replaces tensors by their mean over the processes, in one message."""
+    if WORLD_SIZE > 1:
+        flat = nn.utils.parameters_to_vector(tensors)
         try:
-            importlib.import_module("moviepy")
-            envs.reset()
-            envs.render()
-        except Exception as error:  # whatever a missing renderer raises
-            fail(f"--capture-video: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
+            dist.all_reduce(flat)
+        except RuntimeError:  # another process has ended, and said why
+            os._exit(2)
+        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
+
+
+class Border(gym.Wrapper):
+    """A single environment as the vector environment gets it: a vector observed, a number as reward, and no infos, which
+    nobody reads. What is no number becomes NaN, which `step_envs` reports."""
+
+    def __init__(self, env):
+        is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
+        super().__init__(env if is_vector else gym.wrappers.FlattenObservation(env))
+
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)[0], {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        try:
+            reward = np.asarray(reward, dtype=np.float64).item()
+        except (TypeError, ValueError):
+            reward = np.nan
+        return obs, reward, terminated, truncated, {}
+
+
+def family_attribute(envs, name, default=None):
+    """An attribute of the task family, wherever among its wrappers it is."""
+    env = getattr(envs.unwrapped, "envs", [envs.unwrapped])[0]
+    if isinstance(env, gym.Env):
+        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
+    return getattr(env, name, default)
+
+
+def make_envs(args, num_envs):
+    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync. What
+    is wrong with a family is said here."""
+    family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
+    module, _, name = args.env_id.rpartition(":")
+    if "/" in module or module.endswith(".py"):
+        fail(f"{family}: go to the folder of that file and give {Path(module.removesuffix('.py')).name}:{name}")
+    sys.path.insert(0, os.getcwd())  # where a family of your own may lie
+    try:
+        module and importlib.import_module(module)
+        if gym.spec(name).vector_entry_point is None:
+            kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
+            kwargs |= {"wrappers": [Border], "disable_env_checker": True}
+        envs = gym.make_vec(name, num_envs, **kwargs)
+        if len(envs.single_observation_space.shape or ()) != 1:
+            envs = gym.wrappers.vector.FlattenObservation(envs)
+    except Exception as error:  # whatever the family's own code raises
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
+    wrappers = f"{envs} {getattr(envs.unwrapped, 'envs', [''])[0]}"
+    mode, space = envs.metadata.get("autoreset_mode"), envs.single_action_space
+    episodes = family_attribute(envs, "episodes_per_trial", 2)
+    for wrong, message in (
+        (not family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
+        (family_attribute(envs, "task", fail) is fail, "it has no attribute `task`, where a task family gets its task"),
+        (not isinstance(episodes, int | np.integer) or episodes < 1, f"episodes_per_trial is {episodes!r}; give 1 or more"),
+        ("<Normalize" in wrappers, "leave out NormalizeObservation and -Reward, whose statistics no checkpoint holds"),
+        (mode != AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
+        (not isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
+    ):
+        if wrong:
+            fail(f"{family}: {message}")
     return envs
 
 
-def task_family(envs):
-    """The environment that has `sample_tasks`: the native vector environment itself, or the first sub-environment."""
-    return getattr(envs, "envs", [envs])[0].unwrapped
-
-
 def sample_tasks(envs, num_tasks, rng):
-    return list(task_family(envs).sample_tasks(num_tasks, rng)) if num_tasks else []
+    """A list of exactly `num_tasks` tasks of the family."""
+    tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
+    is_sequence = isinstance(tasks, Sequence | np.ndarray) and not isinstance(tasks, str) and getattr(tasks, "ndim", 1)
+    if not is_sequence or len(tasks) != num_tasks:
+        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a sequence of {num_tasks} tasks")
+    return list(tasks)
 
 
-def all_reduce(tensor):
-    """Sums a tensor over the processes, in place; one process has nothing to do."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def set_tasks(envs, tasks):
+    """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
+    tasks = [copy.deepcopy(task) for task in tasks]
+    if hasattr(envs.unwrapped, "set_attr"):
+        envs.unwrapped.set_attr("task", tasks)
+    else:
+        envs.unwrapped.task = tasks
 
 
-def all_reduce_gradients(module):
-    """Sums the meta-gradient over the processes, in one message."""
-    if WORLD_SIZE > 1:
-        grads = [p.grad for p in module.parameters() if p.grad is not None]
-        nn.utils.vector_to_parameters(all_reduce(nn.utils.parameters_to_vector(grads)), grads)
+def to_env(actions, space):
+    """The policy's actions (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
+    side without a bound, or one beyond a million, is taken to be two units from the other."""
+    if isinstance(space, gym.spaces.Discrete):
+        return actions + space.start
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low = np.where(low > -1e6, low, np.where(high < 1e6, high - 2, -1))
+    high = np.where(high < 1e6, high, low + 2)
+    actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
+    actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
+    return actions.clip(space.low, space.high).astype(space.dtype)
 
 
-def stop_if_not_finite(**terms):
-    for name, term in terms.items():
-        if not torch.isfinite(term).all():
-            raise FloatingPointError(name)
+def step_envs(envs, actions, tasks, step):
+    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite must not reach the weights."""
+    next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
+    next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
+    wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
+    if wrong.any() or step > 20_000:
+        what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank=RANK)
+    return next_obs, rewards, terminated, truncated
 
 
-def load_checkpoint(flag, path):
-    """Reads a checkpoint of this script; never runs code that a file may hold."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}; give the path of a checkpoint.pt")
-    except Exception:  # whatever a truncated or foreign file makes the reader raise
-        checkpoint = None
-    keys = {"script", "args", "agent", "optimizer", "iteration", "global_step", "eval_rows"}
-    if not isinstance(checkpoint, dict) or set(checkpoint) != keys:
-        fail(f"{flag} {path}: not a whole checkpoint; give a checkpoint.pt that {SCRIPT}.py wrote")
-    if checkpoint["script"] != SCRIPT:
-        fail(f"{flag} {path}: a checkpoint of {checkpoint['script']}.py; give one that {SCRIPT}.py wrote")
-    defaults, saved = asdict(Args()), checkpoint["args"]
-    wrong = set(defaults) ^ set(saved)
-    wrong = wrong or {name for name, value in saved.items() if type(value) is not type(defaults[name] or value)}
-    if wrong:
-        fail(f"{flag} {path}: written by another version of {SCRIPT}.py, which differs in {', '.join(sorted(wrong))}")
-    return checkpoint
+def parse_args(*bounds):
+    """The settings, and the checkpoint to resume or evaluate, if any: flags go before what is saved in it, that before
+    defaults. `bounds`: names of flags, their least and their greatest value."""
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if path := args.resume or args.evaluate:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+            saved, own = checkpoint["args"], {f.name for f in fields(Args)} - MACHINE_FLAGS
+        except Exception as error:  # whatever a missing, truncated or foreign file makes the reader raise
+            fail(f"{path}: {getattr(error, 'strerror', None) or 'not a whole checkpoint'}; give the path of a checkpoint.pt")
+        if saved.keys() != own:  # of a copy of this file that was changed
+            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
+        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
+        args = tyro.cli(Args, description=__doc__, default=defaults)
+        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
+    for names, least, greatest in bounds:
+        for name in names.split():
+            if not least <= getattr(args, name) <= greatest:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU; give cpu")
+    booleans = {"true": True, "false": False}
+    args.env_kwargs = {name: booleans.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
+    return args, checkpoint
 
 
-def load_weights(flag, path, agent, optimizer, checkpoint):
-    saved, own = checkpoint["agent"], agent.state_dict()
-    for name in own | saved:
-        if name not in own or name not in saved or own[name].shape != saved[name].shape:
-            shapes = [tuple(state[name].shape) if name in state else "missing" for state in (saved, own)]
-            fail(f"{flag} {path}: {name} is {shapes[0]} there, {shapes[1]} for this environment and these flags")
-    agent.load_state_dict(saved)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-
-
-def write_file(path, content):
-    """Writes bytes whole or not at all: to a temporary file, which is then moved into place."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def summarize(returns):
-    """Mean over tasks and its standard error, of returns (tasks)."""
-    return returns.mean().item(), (returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5).item()
-
-
-def eval_csv_rows(global_step, split, returns, first):
-    """Rows of eval.csv for returns (adaptation, tasks), whose first row is adaptation number `first`."""
-    return [[global_step, split, k, *summarize(r), len(r)] for k, r in enumerate(returns, first)]
-
-
-def write_eval_csv(path, rows):
-    header = ["global_step", "split", "adaptation", "mean_return", "stderr", "num_tasks"]
-    write_file(path, "".join(",".join(map(str, row)) + "\n" for row in [header, *rows]).encode())
+def report(split, results, rows, global_step, run_dir):
+    """Adds the results of an evaluation to the rows of eval.csv, writes it, and returns them for TensorBoard."""
+    stderr = {name: x.std().item() / len(x) ** 0.5 for name, x in results.items()}
+    rows += [[global_step, split, name, x.mean().item(), stderr[name], len(x)] for name, x in results.items()]
+    header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
+    np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
+    return {f"eval/{split}_return_after_{name}": x.mean() for name, x in results.items()}
 
 
 if __name__ == "__main__":
     # SETTINGS
-    args = tyro.cli(Args, description=__doc__)
-    flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if path:
-        checkpoint = load_checkpoint(flag, path)
-        saved = Args(**checkpoint["args"])
-        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
-    require(args, "resume", lambda x: not (x and args.evaluate), "cannot be given together with --evaluate")
-    require(args, "total_timesteps eval_every checkpoint_every", lambda x: x >= 1, "give a whole number of at least 1")
-    require(args, "eval_tasks", lambda x: x >= 2, "give at least 2 tasks, so that there is a standard error")
-    require(args, "seed num_train_tasks torch_threads", lambda x: 0 <= x < 2**31, "give a whole number from 0 to 2147483647")
-    require(args, "device", lambda x: x == "cpu" or x == "cuda" and torch.cuda.is_available(), "give cpu, or cuda with a GPU")
-    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give 1 or more for each of {WORLD_SIZE} processes")
-    require(args, "hidden_size num_minibatches update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
-    require(args, "num_minibatches", lambda x: args.num_tasks % x == 0, f"give a divisor of --num-tasks {args.num_tasks}")
-    require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
-    require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
-    require(args, "episodes_per_trial ent_coef vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
+    args, checkpoint = parse_args(
+        ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
+        ("total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
+        ("eval_tasks", 2, 2**53),
+        ("gamma gae_lambda", 0, 1),
+        ("torch_threads", 1, os.cpu_count()),
+    )
 
     # SETUP
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device(args.device)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    torch.manual_seed(args.seed)  # for the first weights alone: every other draw has a stream of its own
-    device = torch.device(args.device)
-    envs = make_envs(args, args.num_tasks // WORLD_SIZE)
-    num_episodes = args.episodes_per_trial or getattr(task_family(envs), "episodes_per_trial", 2)
-    require(args, "env_kwargs", lambda x: isinstance(num_episodes, int) and num_episodes >= 1, "give 1 episode or more")
-    if args.capture_video:
-        make_envs(args, 1, film=True).close()  # so that it fails now if at all
-    heldout_tasks = sample_tasks(envs, args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
-    train_tasks = sample_tasks(envs, args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args.hidden_size).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    envs = make_envs(args, 32)
+    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+        fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
+    train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
+    rng = seed_all(args.seed, 0, START)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
+    num_episodes = family_attribute(envs, "episodes_per_trial", 2)
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
+    real = batch["masks"] > 0
+    agent.set_units(batch["inputs"][real][:, : agent.obs_dim], batch["rewards"][real])
+    if args.num_tasks == 0:
+        limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
+        trial_steps = num_episodes * limit or real.sum().item() / 32
+        args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
+    num_tasks = args.num_tasks // WORLD_SIZE  # of this process
+    if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes, at least one task per minibatch")
+    envs = make_envs(args, num_tasks)
     iteration, global_step, eval_rows = 0, 0, []
-    if path:
-        load_weights(flag, path, agent, optimizer, checkpoint)
-        iteration, global_step, eval_rows = checkpoint["iteration"], checkpoint["global_step"], checkpoint["eval_rows"]
-    require(args, "total_timesteps", lambda x: args.evaluate or x > global_step, f"{global_step} are done already; give more")
-
-    run_dir, resumes = Path(args.resume or "").parent, Path(args.resume or "").name == "checkpoint.pt"
-    if not resumes:
-        run_dir = Path(args.runs_dir) / f"{args.env_id.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-    try:
-        if RANK == 0:
-            run_dir.mkdir(parents=True, exist_ok=resumes)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: {error.strerror}; give a folder that can be written")
-    resume_command = f"python {sys.argv[0]} --resume {run_dir / 'checkpoint.pt'}"
-
-    if args.evaluate:
-        if RANK > 0:
-            sys.exit()
+    if checkpoint:
         try:
-            returns = evaluate(agent, args, heldout_tasks, num_episodes)
-        except FloatingPointError as error:
-            sys.exit(f"{SCRIPT}.py: {error} is not finite")
-        write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=1))
-        print_table(returns, num_episodes)
-        if args.capture_video:
-            evaluate(agent, args, heldout_tasks[:4], num_episodes, run_dir / "videos")
-        sys.exit()
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            fail(f"{args.resume or args.evaluate}: not of this agent: {' '.join(str(error).split()):.300}")
+        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
+        eval_rows = checkpoint["eval_rows"] if args.resume else []
+    if args.resume and global_step >= args.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
+    run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     if RANK == 0:
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + table, global_step)
-    stop_signals, stopped = [], False
-
-    def stop_soon(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
-
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
 
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
+    ends = bool(args.evaluate)
     try:
-        while global_step < args.total_timesteps and not stopped:
+        while not ends:
             iteration += 1
-            remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+            rng = seed_all(args.seed, iteration, RANK)
+            remaining = 1 - global_step / args.total_timesteps
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
-            rng = stream(args.seed, iteration, TASKS)
-            tasks = sample_tasks(envs, args.num_tasks, rng)
+            tasks = sample_tasks(envs, num_tasks, rng)
             if train_tasks:
-                tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=args.num_tasks)]
+                tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
 
             start = time.time()
-            seeds = stream(args.seed, iteration, NOISE).integers(2**31, size=args.num_tasks)[RANK::WORLD_SIZE].tolist()
-            generator = torch_stream(device, args.seed, iteration, ACTIONS)
-            batch = rollout(agent, envs, tasks[RANK::WORLD_SIZE], num_episodes, seeds, generator, (RANK, WORLD_SIZE))
-            rewards, values, masks = batch["rewards"], batch["values"], batch["masks"]
-            advantages = compute_gae(rewards, values, masks, args.gamma, args.gae_lambda)
-            mean, std = mean_and_std(advantages, masks)
-            batch["returns"], batch["advantages"] = advantages + values, (advantages - mean) / (std + 1e-8)
-            agent.update_return_scale(batch["returns"], masks)
+            batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)))
+            real, values = batch["masks"] > 0, batch["values"]
+            advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
+            batch["returns"] = returns = advantages + values
+            batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
+            agent.follow_returns(returns[real], step=1.0 if iteration == 1 else 0.1)
             rollout_time, start = time.time() - start, time.time()
 
-            lengths = torch.zeros(args.num_tasks, device=device)  # steps of each trial of the meta-batch
-            lengths[RANK::WORLD_SIZE] = masks.sum(0)
-            all_reduce(lengths)
-            minibatch_rng = stream(args.seed, iteration, MINIBATCHES)
+            losses = defaultdict(list)
             for _ in range(args.update_epochs):
-                for mb_inds in minibatch_rng.permutation(args.num_tasks).reshape(args.num_minibatches, -1):  # whole trials
-                    own_inds = mb_inds[mb_inds % WORLD_SIZE == RANK] // WORLD_SIZE
-                    losses = meta_loss(agent, batch, own_inds, lengths[mb_inds].sum(), args.clip_coef)
-                    policy_loss, value_loss, entropy, approx_kl, clipfrac = losses
-                    loss = policy_loss + args.vf_coef * value_loss - remaining * args.ent_coef * entropy
+                for mb_inds in torch.randperm(num_tasks).tensor_split(args.num_minibatches):  # whole trials
+                    mb_losses = meta_loss(agent, batch, mb_inds)
+                    loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
+                    if agent.discrete:
+                        loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
                     optimizer.zero_grad()
                     loss.backward()
-                    all_reduce_gradients(agent)
-                    meta_grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    stop_if_not_finite(policy_loss=policy_loss, value_loss=value_loss, meta_grad_norm=meta_grad_norm)
+                    average(*(p.grad for p in agent.parameters()))
+                    mb_losses["meta_grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5)
+                    if not torch.isfinite(loss + mb_losses["meta_grad_norm"]):
+                        fail("the meta-gradient is not finite, so the weights were left as they were; lower --learning-rate")
                     optimizer.step()
+                    for name, term in mb_losses.items():
+                        losses[name].append(term.detach())
             update_time = time.time() - start
 
             # LOGGING
-            steps = int(lengths.sum())
+            steps, by_episode = real.sum().double(), episode_returns(batch, num_episodes).mean(1)
+            average(steps, by_episode)
+            steps = round(steps.item() * WORLD_SIZE)
             global_step += steps
-            returns = trial_returns(rewards, batch["episodes"], masks, num_episodes)
-            returns = all_reduce(returns.sum(1)) / args.num_tasks  # (E,)
-            policy_loss, value_loss, entropy, approx_kl, clipfrac = all_reduce(torch.stack(losses).detach())
-            pre, post = returns[0].item(), returns[-1].item()
-            progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
-            progress.update(steps)
-            residual, scale = mean_and_std(batch["returns"] - values, masks)[1], mean_and_std(batch["returns"], masks)[1]
-            scalars = {
-                "charts/pre_adaptation_return": pre,
-                "charts/post_adaptation_return": post,
-                "charts/SPS": steps / (rollout_time + update_time),
-                "charts/learning_rate": remaining * args.learning_rate,
-                "time/rollout": rollout_time,
-                "time/update": update_time,
-                "losses/policy_loss": policy_loss,
-                "losses/value_loss": value_loss,
-                "losses/entropy": entropy,
-                "losses/approx_kl": approx_kl,
-                "losses/clipfrac": clipfrac,
-                "losses/explained_variance": 1 - (residual / scale) ** 2,
-                "losses/meta_grad_norm": meta_grad_norm,
-            }
-            scalars |= {f"charts/episode_{k}_return": r for k, r in enumerate(returns, 1)}
             ends = global_step >= args.total_timesteps
-            stopped = bool(all_reduce(torch.tensor(len(stop_signals), device=device)))
-            if RANK == 0 and (ends or iteration % args.eval_every == 0):
-                heldout_returns = evaluate(agent, args, heldout_tasks, num_episodes)
-                train_returns = evaluate(agent, args, (train_tasks or tasks)[: args.eval_tasks], num_episodes)
-                eval_rows += eval_csv_rows(global_step, "heldout", heldout_returns, first=1)
-                eval_rows += eval_csv_rows(global_step, "train", train_returns, first=1)
-                write_eval_csv(run_dir / "eval.csv", eval_rows)
-                scalars |= {f"eval/heldout_return_after_{k}": r.mean() for k, r in enumerate(heldout_returns, 1)}
-                scalars |= {f"eval/train_return_after_{k}": r.mean() for k, r in enumerate(train_returns, 1)}
-                scalars["eval/generalization_gap"] = train_returns.sum(0).mean() - heldout_returns.sum(0).mean()
-            if RANK == 0:
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, torch.as_tensor(value).item(), global_step)
-            if RANK == 0 and (ends or stopped or iteration % args.checkpoint_every == 0):
-                writer.flush()
-                checkpoint = {
-                    "script": SCRIPT,
-                    "args": asdict(args) | {"resume": None, "evaluate": None, "runs_dir": Args.runs_dir},
-                    "agent": agent.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "iteration": iteration,
-                    "global_step": global_step,
-                    "eval_rows": eval_rows,
-                }
-                torch.save(checkpoint, buffer := io.BytesIO())
-                write_file(run_dir / "checkpoint.pt", buffer.getvalue())
-    except FloatingPointError as error:
-        hint = f"go on from the last checkpoint, with a lower --learning-rate for example: {resume_command}"
-        hint = hint if (run_dir / "checkpoint.pt").exists() else "there is no checkpoint yet"
-        sys.exit(f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; {hint}")
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
-    progress.close()
+            progress.update(steps)
+            progress.set_postfix(pre=f"{by_episode[0]:.2f}", post=f"{by_episode[-1]:.2f}", refresh=False)
+            if RANK > 0:
+                continue
+            scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
+            scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-12)
+            scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
+            scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
+            scalars["charts/SPS"] = steps / (rollout_time + update_time)
+            scalars["charts/learning_rate"] = remaining * args.learning_rate
+            scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+            if ends or iteration % args.eval_every == 0:
+                train_results = evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)
+                results = evaluate(agent, envs, heldout_tasks, args)
+                scalars |= report("train", train_results, eval_rows, global_step, run_dir)
+                scalars |= report("heldout", results, eval_rows, global_step, run_dir)
+                last = [*results][-1]
+                scalars["eval/generalization_gap"] = train_results[last].mean() - results[last].mean()
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, float(value), global_step)
+            writer.flush()
+            saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
+            checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
+            torch.save(checkpoint, run_dir / "checkpoint.tmp")
+            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # whole or not at all
+        if args.evaluate:
+            results = evaluate(agent, envs, heldout_tasks, args)
+            report("heldout", results, eval_rows, global_step, run_dir)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        progress.close()
+        if not ends and (run_dir / "checkpoint.pt").exists():
+            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir / 'checkpoint.pt')])}", file=sys.stderr)
     if RANK > 0:
-        os._exit(0)  # the usual end would race with gloo's threads, which may still hold tensors of Python's, and abort
+        os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
     writer.close()
-    if stopped and not ends:
-        print(f"stopped after iteration {iteration}; go on with: {resume_command}")
-        sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
-    print_table(heldout_returns, num_episodes)
-    if args.capture_video:
-        evaluate(agent, args, heldout_tasks[:4], num_episodes, run_dir / "videos")
-    print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")
+
+    # CLOSING
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
+    print(f"\nreturn on {args.eval_tasks} held-out tasks")
+    for _, _, name, mean, stderr, _ in eval_rows[-len(results) :]:
+        print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
+    numbered = [x for name, x in results.items() if name != "trial"]
+    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
+    verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
+    print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
+    path = args.evaluate or str(run_dir / "checkpoint.pt")
+    print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")
