@@ -5,32 +5,44 @@
 # ///
 """MAML: an actor-critic learner whose starting weights are learned (Finn et al. 2017).
 
-The learner of a task starts from the meta-learned weights, plays E episodes, takes a policy-gradient step on them, plays E
-fresh episodes, and so on: K steps. Upstairs, the start, the step sizes, one for each weight and step (Meta-SGD, Li et al.
-2017), and the noise that each step takes away are learned by clipped PPO (as in ProMP, Rothfuss et al. 2019) on the episodes
-after the steps, with the exact second-order gradient through all of them. Which terms of the meta-gradient the inner loss
-keeps is a choice, `--inner-loss` and `--exploration-credit`: see `inner_loss`. Advantages come from a value function fitted
-to each task. All tasks run at once: one batched product with their own weights, one `torch.func.vmap` in the updates.
+The learner of a task starts from the weights theta_0, plays E episodes, takes a policy-gradient step on them, plays E fresh
+episodes with the new weights, and so on. This is the inner loop, of K steps:
+
+    theta_k+1 = theta_k + shift_k + rate_k * grad_theta E[ sum_t log pi_theta(a_t | s_t) A_t ]
+
+The outer loop learns theta_0, and the rate (Meta-SGD, Li et al. 2017) and the shift of each weight and step. The shift is what
+changes in every task alike: the learner explores first and acts precisely later. The objective is the return after the steps,
+
+    J(theta_0, rate, shift) = E_task [ 1/K sum_k=1..K return of theta_k ]
+
+whose gradient runs through all steps, exact to second order; PPO's clipped objective stands for the return (as in ProMP,
+Rothfuss et al. 2019). The critic is a least-squares fit in each task.
+The algorithm is # AGENT, # ALGORITHM and # TRAINING; all else is the tasks and the plumbing.
 
     python mrl_maml.py                                                 # PointNav: go to a hidden goal
-    python mrl_maml.py --env-id mrl_rl2:TabularMDP-v0                  # any family of the other scripts, or your own
+    python mrl_maml.py --env-id mrl_actor_critic:TabularMDP-v0         # a family of another script, or your own
     python mrl_maml.py --evaluate runs/<run>/checkpoint.pt             # held-out tasks
     tensorboard --logdir runs
 
-Shapes: M tasks of a meta-batch, E episodes a task and step, T steps an episode, N = M * E environments, K adaptation steps,
-D observation size, A action size.
+Shapes: M tasks in a meta-batch, E episodes a task and step, T steps an episode, N = M * E sub-environments, K adaptation
+steps, D observation size, A action size. What has no M is of one task: `torch.func.vmap` runs it for all tasks at once.
 """
 
+import copy
 import importlib
-import inspect
-import io
+import json
 import os
+import pickle
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+import traceback
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -38,135 +50,93 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers.vector import RecordVideo
+from torch.distributions import Categorical, Independent, Normal
 from torch.func import grad, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+CHECKPOINT = tyro.conf.create_mutex_group(required=False)
+
 
 @dataclass
 class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's folder"""
     seed: int = 1
     """seed of every random draw"""
-    device: str = "cpu"
-    """cpu or cuda; networks this small run faster on the cpu"""
-    dtype: Literal["float32", "float64"] = "float32"
-    """number type of weights and data; float64 is for checking numerics"""
-    torch_threads: int = 0
-    """threads that torch may use (0: torch's own choice)"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """networks this small run faster on the cpu"""
+    torch_threads: int = 1
+    """threads that torch may use; more help only on cores that nothing else uses"""
     env_id: str = "PointNav-v0"
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
-    env_kwargs: dict[str, int | float | str] = field(default_factory=dict)
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 8_000_000
+    total_timesteps: int = 4_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
-    eval_every: int = 20
+    eval_every: int = 25
     """iterations between two evaluations on held-out tasks"""
     eval_tasks: int = 40
     """number of held-out tasks, the same ones in each evaluation"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints"""
     runs_dir: str = "runs"
-    """folder in which each new run gets a folder of its own; a resumed one stays in its folder"""
-    resume: str | None = None
-    """go on with the stopped run of this checkpoint; flags given beside it win over the saved ones"""
-    evaluate: str | None = None
-    """evaluate this checkpoint on held-out tasks and exit; flags given beside it win over the saved ones"""
-    capture_video: bool = False
-    """film a few held-out tasks at the end (needs `pip install moviepy`)"""
+    """folder in which each run gets a folder of its own"""
+    resume: Annotated[str | None, CHECKPOINT] = None
+    """go on with the run of this checkpoint, in its folder; flags given beside it override saved ones"""
+    evaluate: Annotated[str | None, CHECKPOINT] = None
+    """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
 
     # Algorithm specific arguments
-    learning_rate: float = 2e-3
-    """learning rate of Adam at the start"""
-    anneal_lr: bool = True
-    """let the learning rates of the meta-update fall linearly to zero over the training"""
-    num_tasks: int = 20
-    """tasks of a meta-batch, M"""
-    num_episodes: int = 10
-    """episodes that a task's learner plays before each step, and after the last, E"""
-    eval_episodes: int = 20
-    """the same in the evaluation (0: as in the training)"""
+    learning_rate: float = 4e-3
+    """learning rate of Adam at the start; it falls linearly to zero over the training"""
+    num_tasks: int = 0
+    """tasks in a meta-batch, M (0: as many as make some 40,000 environment steps)"""
+    num_episodes: int = 0
+    """episodes that a task's learner plays before each step, and after the last, E (0: a trial of the task family, or 10)"""
     adapt_steps: int = 3
-    """adaptation steps of the training, K"""
-    eval_adapt_steps: int = 3
-    """adaptation steps of the held-out evaluation"""
-    inner_lr: float = 0.3
-    """learning rate of the first inner step at the start"""
-    inner_lr_decay: float = 0.1
-    """each later inner step starts with this times the rate (and shift of noise) before it; steps after the last one of the
-    training take its learned rate times this, each"""
-    learn_inner_lr: bool = True
-    """learn the inner learning rates, one for each weight and step"""
-    inner_lr_learning_rate: float = 1e-3
-    """learning rate of Adam for the inner learning rates, at the start"""
+    """adaptation steps in the training, K"""
+    eval_adapt_steps: int = 0
+    """adaptation steps in the evaluation (0: as in the training); further ones repeat the last one, without its shift"""
+    inner_lr: float = 1.0
+    """rates of the inner steps at the start, in units in which a softmax and a Gaussian are alike: see `adapt`"""
     inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"
     """which terms of the meta-gradient are kept: see `inner_loss`"""
-    exploration_credit: bool = False
-    """give the first episodes credit for what comes after adaptation (E-MAML): see `meta_loss`"""
     first_order: bool = False
     """leave out the second derivatives, for comparison"""
-    step_weights: tuple[float, ...] = ()
-    """weight of the policy after each step in the meta-loss: `0 0 1` judges the last one alone (nothing given: all alike)"""
-    value_function: Literal["linear", "network"] = "linear"
-    """of the inner learner: a least-squares fit in each task, or a meta-learned network adapted by the inner step, which wants
-    a shorter horizon, say --gamma 0.95"""
     hidden_size: int = 64
     """units of the two tanh layers"""
-    log_std: float = -1.0
-    """log standard deviation of continuous actions at the start"""
-    log_std_shift: float = -1.0
-    """what the first inner step adds to it, at the start; learned with the inner learning rates"""
-    log_std_learning_rate: float = 1e-2
-    """learning rate of Adam for these two, at the start"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.97
     """lambda of generalized advantage estimation"""
     update_epochs: int = 5
     """meta-updates with the episodes of an iteration"""
-    clip_coef: float = 0.2
-    """clipping of the probability ratio in the meta-update"""
-    vf_coef: float = 0.5
-    """weight of the value loss in inner and meta-update, where the value function is a network"""
-    max_grad_norm: float = 0.5
-    """the meta-gradient is scaled down to this norm"""
 
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """What the natively vectorised families share: a task and a noise stream for each sub-environment, explicit resets.
+    """What the native task families share: sub-environments side by side, each restarted only when it is told to.
 
-    A family says how tasks are drawn (`sample_tasks`), taken up (`set_tasks`), started (`start`), acted in (`act`) and seen
-    (`observe`). Sub-environments that run together need no Python loop; episodes end after `episode_steps` steps.
-    """
+    A family draws tasks (`sample_tasks`), takes up those in `task` when all sub-environments are reset (`use_tasks`), starts
+    episodes (`start`), acts (`act`) and observes (`observe`), for all sub-environments at once."""
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
-    def __init__(self, num_envs, observation_space, action_space, episode_steps):
-        self.num_envs, self.episode_steps = num_envs, episode_steps
+    def __init__(self, num_envs, max_episode_steps, observation_space, action_space):
+        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        self.steps = np.zeros(num_envs, dtype=np.int64)
-        self.set_attr("task", self.sample_tasks(num_envs, np.random.default_rng(0)))
-        self.rngs = [np.random.default_rng(i) for i in range(num_envs)]
-
-    def set_attr(self, name, values):
-        setattr(self, name, values)
-        self.has_new_task = np.ones(self.num_envs, dtype=bool)
+        self.task, self.steps = self.sample_tasks(num_envs, np.random.default_rng(0)), np.zeros(num_envs, dtype=np.int64)
 
     def reset(self, *, seed=None, options=None):
-        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed`: one int for each sub-environment."""
-        if seed is not None:
-            self.rngs = [np.random.default_rng(s) for s in seed]
+        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed` is of the noise of all of them."""
+        super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        if (new := mask & self.has_new_task).any():
-            self.set_tasks(np.flatnonzero(new))
-            self.has_new_task &= ~new
+        if mask.all():
+            self.use_tasks(self.task)
         self.steps[mask] = 0
         self.start(mask)
         return self.observe(), {}
@@ -174,8 +144,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def step(self, actions):
         rewards = self.act(actions)
         self.steps += 1
-        ended = self.steps >= self.episode_steps
-        return self.observe(), rewards, np.zeros_like(ended), ended, {}
+        truncated = self.steps >= self.max_episode_steps
+        return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
 
 
 class PointNav(TaskVectorEnv):
@@ -183,18 +153,16 @@ class PointNav(TaskVectorEnv):
     position; reward -distance to the goal after the move; 100 steps, no early end; the observation is x, y (Finn et al. 2017,
     5.3.1, whose episodes end within 0.01 of the goal)."""
 
-    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}
-
-    def __init__(self, num_envs=1, render_mode=None):
-        self.position, self.goal, self.render_mode = np.zeros((num_envs, 2)), np.zeros((num_envs, 2)), render_mode
+    def __init__(self, num_envs=1, max_episode_steps=100):
+        self.position = np.zeros((num_envs, 2))
         spaces = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Box(-0.1, 0.1, (2,))
-        super().__init__(num_envs, *spaces, 100)
+        super().__init__(num_envs, max_episode_steps, *spaces)
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.uniform(-0.5, 0.5, (num_tasks, 2)))
 
-    def set_tasks(self, index):
-        self.goal[index] = [self.task[i] for i in index]
+    def use_tasks(self, tasks):
+        self.goal = np.array(tasks)
 
     def start(self, mask):
         self.position[mask] = 0
@@ -206,69 +174,62 @@ class PointNav(TaskVectorEnv):
     def observe(self):
         return self.position.astype(np.float32)
 
-    def render(self):
-        """One picture of [-1, 1]^2 for each sub-environment: the goal in green, the agent in blue."""
-        frames = np.full((self.num_envs, 64, 64, 3), 230, dtype=np.uint8)
-        for frame, goal, position in zip(frames, self.goal, self.position, strict=True):
-            for (x, y), colour in ((goal, (0, 158, 115)), (position, (0, 114, 178))):
-                column, row = (np.array([1 + x, 1 - y]) * 32).clip(2, 62).astype(int)
-                frame[row - 2 : row + 2, column - 2 : column + 2] = colour
-        return tuple(frames)
+
+class SparsePointNav(PointNav):
+    """The goal on the unit half circle, the same moves; reward 1 - distance within 0.2 of the goal, else 0; 60 steps."""
+
+    def __init__(self, num_envs=1, max_episode_steps=60):
+        super().__init__(num_envs, max_episode_steps)
+
+    def sample_tasks(self, num_tasks, rng):
+        angles = rng.uniform(0, np.pi, num_tasks)
+        return list(np.stack([np.cos(angles), np.sin(angles)], axis=-1))
+
+    def act(self, actions):
+        distances = -super().act(actions)
+        return np.where(distances <= 0.2, 1 - distances, 0.0)
 
 
 class HalfCheetahDir(TaskVectorEnv):
     """gymnasium's HalfCheetah-v5 that is to run forwards or backwards: reward direction * x_velocity - control cost, direction
-    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on all cores;
-    mujoco is imported for these families alone."""
+    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on all cores."""
 
-    metadata = TaskVectorEnv.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}
     body, control_cost = "HalfCheetah-v5", 0.1
 
-    def __init__(self, num_envs=1, render_mode=None):
-        try:
-            self.robot = gym.make(self.body, render_mode=render_mode, width=64, height=64).unwrapped
-        except AttributeError as error:  # PyOpenGL's, where the library that MUJOCO_GL names is missing
-            raise gym.error.DependencyNotInstalled(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}") from error
-        model, self.simulate = self.robot.model, importlib.import_module("mujoco.rollout").rollout
-        self.render_mode, model.vis.quality.shadowsize = render_mode, 0  # shadows take ten times as long as all the rest
+    def __init__(self, num_envs=1, max_episode_steps=200):
+        self.simulate = importlib.import_module("mujoco.rollout").rollout  # mujoco is imported for these families alone
+        self.robot = gym.make(self.body).unwrapped
+        self.model = self.robot.model
         threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
-        self.data = [type(self.robot.data)(model) for _ in range(threads)]
-        self.state = np.zeros((num_envs, 1 + model.nq + model.nv))  # time, positions, velocities
-        self.goal, self.hidden = np.zeros(num_envs), 1 + self.robot.observation_structure["skipped_qpos"]
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state.shape[1] - self.hidden,))
-        super().__init__(num_envs, observation_space, self.robot.action_space, 200)
+        self.data = [type(self.robot.data)(self.model) for _ in range(threads)]
+        self.state = np.zeros((num_envs, 1 + self.model.nq + self.model.nv))  # time, positions, velocities
+        self.num_hidden = 1 + self.robot.observation_structure["skipped_qpos"]  # time and place are not observed
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state.shape[1] - self.num_hidden,))
+        super().__init__(num_envs, max_episode_steps, observation_space, self.robot.action_space)
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.choice([-1.0, 1.0], num_tasks))
 
-    def set_tasks(self, index):
-        self.goal[index] = [self.task[i] for i in index]
+    def use_tasks(self, tasks):
+        self.goal = np.array(tasks)
 
     def start(self, mask):
+        self.robot.np_random = self.np_random
         for i in np.flatnonzero(mask):
-            self.robot.np_random = self.rngs[i]
             self.robot.reset_model()
             self.state[i] = 0, *self.robot.data.qpos, *self.robot.data.qvel
 
     def act(self, actions):
-        states, _ = self.simulate(self.robot.model, self.data, self.state, actions[:, None], nstep=self.robot.frame_skip)
+        states, _ = self.simulate(self.model, self.data, self.state, actions[:, None], nstep=self.robot.frame_skip)
         x_velocity = (states[:, -1, 1] - self.state[:, 1]) / self.robot.dt
         self.state = states[:, -1]
-        return self.reward(x_velocity) - self.control_cost * np.square(actions).sum(-1)
+        return self.reward(x_velocity) - self.control_cost * np.square(actions).sum(axis=-1)
 
     def reward(self, x_velocity):
         return self.goal * x_velocity
 
     def observe(self):
-        return self.state[:, self.hidden :].astype(np.float32)
-
-    def render(self):
-        """One picture for each sub-environment."""
-        frames = []
-        for qpos, qvel in (np.split(state[1:], [self.robot.model.nq]) for state in self.state):
-            self.robot.set_state(qpos, qvel)
-            frames.append(self.robot.render())
-        return tuple(frames)
+        return self.state[:, self.num_hidden :].astype(np.float32)
 
 
 class HalfCheetahVel(HalfCheetahDir):
@@ -293,692 +254,558 @@ class AntDir(HalfCheetahDir):
         return next_obs, rewards + healthy, ~healthy, truncated, infos
 
 
-for family in (PointNav, HalfCheetahDir, HalfCheetahVel, AntDir):
-    if f"{family.__name__}-v0" not in gym.registry:  # another script may have brought the same one
+for family in (PointNav, SparsePointNav, HalfCheetahDir, HalfCheetahVel, AntDir):
+    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have brought it
         gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
 class Agent(nn.Module):
-    """The weights that the learner of every task starts from, and its inner learning rates: one a weight and step."""
+    """The weights that the learner of every task starts from, and the rate and shift of each weight in each inner step."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        heads = {"actor": (action_dim, 0.01)} | ({"critic": (1, 1.0)} if args.value_function == "network" else {})
+        sizes = (obs_dim, args.hidden_size, args.hidden_size, action_dim)
         weights = {}
-        for head, (size, gain) in heads.items():
-            sizes = (obs_dim, args.hidden_size, args.hidden_size, size)
-            for i, std in enumerate((2**0.5, 2**0.5, gain)):
-                weights[f"{head}_w{i}"] = nn.init.orthogonal_(torch.empty(sizes[i : i + 2]), std)
-                weights[f"{head}_b{i}"] = torch.zeros(1, sizes[i + 1])
+        for i, std in enumerate((2**0.5, 2**0.5, 0.01)):
+            weights[f"w{i}"] = nn.init.orthogonal_(torch.empty(sizes[i], sizes[i + 1]), std)
+            weights[f"b{i}"] = torch.zeros(1, sizes[i + 1])
         if not self.discrete:
-            weights["log_std"] = torch.full((1, action_dim), args.log_std)
+            weights["log_std"] = torch.zeros(1, action_dim)
+        # A probability changes by 1/A of what its logit does, or less, so that the logits take A times as long a step.
+        log_rate = float(np.log(args.inner_lr * (action_dim if self.discrete else 1)))
+        rates = {name: torch.full((args.adapt_steps, *w.shape), log_rate) for name, w in weights.items()}
+        shifts = {name: torch.zeros(args.adapt_steps, *w.shape) for name, w in weights.items()}
+        if not self.discrete:
+            for step in range(args.adapt_steps):
+                shifts["log_std"][step] = -(0.3**step)
         self.weights = nn.ParameterDict(weights)
-        decays = args.inner_lr_decay ** torch.arange(args.adapt_steps)
-        rates = {n: (args.inner_lr * decays).view(-1, 1, 1).repeat(1, *w.shape) for n, w in weights.items()}
-        self.inner_lr = nn.ParameterDict(rates).requires_grad_(args.learn_inner_lr)
-        if not self.discrete:
-            shift = (args.log_std_shift * decays).view(-1, 1, 1).repeat(1, 1, action_dim)
-            self.log_std_shift = nn.Parameter(shift, requires_grad=args.learn_inner_lr)
+        self.log_rates = nn.ParameterDict(rates)
+        self.shifts = nn.ParameterDict(shifts)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
 
     def parameter_groups(self):
-        """For the optimizer: weights, inner learning rates, log-std."""
-        weights, rates = dict(self.weights), list(self.inner_lr.parameters())
-        noise = [] if self.discrete else [weights.pop("log_std"), self.log_std_shift]
-        return [{"params": list(weights.values())}, {"params": rates}, {"params": noise}]
+        """For Adam: what is learned by its logarithm, rates and deviations, learns ten times as fast."""
+        logs = [*self.log_rates.values()]
+        if not self.discrete:
+            logs += [self.weights["log_std"], self.shifts["log_std"]]
+        others = [p for p in self.parameters() if not any(p is log for log in logs)]
+        return [{"params": others, "factor": 1}, {"params": logs, "factor": 10}]
 
-    def inner_lr_of(self, step, decay):
-        """Rates of an adaptation step, and its shift of log-std; steps behind the last of the training take the last one's,
-        times `decay` each."""
-        rates = dict(self.inner_lr) | ({} if self.discrete else {"log_std_shift": self.log_std_shift})
-        last = len(rates["actor_w0"]) - 1
-        return {name: lr[min(step, last)] * decay ** max(0, step - last) for name, lr in rates.items()}
+    def set_units(self, obs):
+        """Takes the units of observations (S, D) from the first episodes, for good: they must not drift."""
+        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
+
+    def encode(self, obs):
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
+
+    def inner_step(self, step):
+        """Rates and shifts, by weight, of an inner step. A step after the last of the training repeats it, without shift."""
+        last = min(step, len(self.log_rates["b0"]) - 1)
+        rates = {name: log_rate[last].exp() for name, log_rate in self.log_rates.items()}
+        shifts = {name: shift[last] * (step == last) for name, shift in self.shifts.items()}
+        return {"rates": rates, "shifts": shifts}
 
 
-def mlp(weights, head, x):
-    """Two tanh layers and a linear one, for x (..., D) of one task, or (M, B, D) with weights stacked over tasks."""
-    product, shape = torch.bmm if weights[f"{head}_w0"].dim() == 3 else torch.mm, x.shape[:-1]
-    x = x if product is torch.bmm else x.flatten(0, -2)
+def policy(weights, obs):
+    """The policy at obs (..., D) of one task, or at obs (M, E, D) with weights stacked over tasks. Log-probabilities are
+    summed over action dimensions."""
+    x = obs if weights["w0"].dim() == 3 else obs.flatten(0, -2)
     for i in range(2):  # in place, since passes over memory are what takes the time
-        x = product(x, weights[f"{head}_w{i}"]).add_(weights[f"{head}_b{i}"]).tanh_()
-    return product(x, weights[f"{head}_w2"]).add_(weights[f"{head}_b2"]).view(*shape, -1)
+        x = (x @ weights[f"w{i}"]).add_(weights[f"b{i}"]).tanh_()
+    params = (x @ weights["w2"]).add_(weights["b2"]).view(*obs.shape[:-1], -1)  # logits or means (..., A)
+    if "log_std" not in weights:
+        return Categorical(logits=params, validate_args=False)
+    return Independent(Normal(params, std(weights).expand_as(params), validate_args=False), 1, validate_args=False)
+
+
+def std(weights):
+    return weights["log_std"].clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
 
 
 # ALGORITHM
-def policy(weights, obs):
-    """Logits, or means, (..., A) at obs (..., D), and the log-std of a Gaussian, None where actions are discrete; for one
-    task, or for obs (M, E, D) with weights stacked over tasks."""
-    params = mlp(weights, "actor", obs)
-    if "log_std" not in weights:
-        return params, None
-    return params, weights["log_std"].clamp(-5, 2)  # a step too long must neither freeze the policy nor blow it up
+@torch.no_grad()
+def rollout(agent, weights, envs, tasks, num_episodes, seed):
+    """Plays one episode in each of N sub-environments, those of a task with its own weights (M, ...).
+
+    Whoever has ended early goes on, masked, until all have. Returns a dict of tensors: obs (M, T, E, D), actions (M, T, E,
+    ...), and (M, T, E) each: logprobs, rewards, masks (1: part of the episode)."""
+    batch, shape, like = defaultdict(list), (len(tasks), num_episodes), agent.obs_mean
+    tasks = [task for task in tasks for _ in range(num_episodes)]  # (N)
+    set_tasks(envs, tasks)
+    next_obs, _ = envs.reset(seed=seed)
+    running = np.ones(len(tasks), dtype=bool)
+    while running.any():
+        obs = agent.encode(torch.as_tensor(next_obs).to(like)).unflatten(0, shape)  # (M, E, D)
+        pi = policy(weights, obs)
+        actions = pi.sample()
+        next_obs, rewards, terminated, truncated = step_envs(envs, actions.flatten(0, 1), tasks, len(batch["obs"]))
+        batch["obs"].append(obs)
+        batch["actions"].append(actions)
+        batch["logprobs"].append(pi.log_prob(actions))
+        batch["rewards"].append(torch.as_tensor(rewards * running).to(like).unflatten(0, shape))
+        batch["masks"].append(torch.as_tensor(running).to(like).unflatten(0, shape))
+        dones = terminated | truncated
+        running = running & ~dones
+        if dones.any() and running.any():
+            next_obs, _ = envs.reset(options={"reset_mask": dones})
+    return {name: torch.stack(steps, dim=1) for name, steps in batch.items()}
 
 
-def log_prob(params, log_std, actions):
-    """Log-probability (...) of actions, summed over action dimensions. By hand, as the entropy: torch.distributions takes
-    more passes over the data, which cost time here."""
-    if log_std is None:
-        return params.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
-    z = (actions - params) * (-log_std).exp()
-    return -(0.5 * z**2 + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
+def compute_gae(rewards, values, masks, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) in each episode; all (T, E).
 
-
-def policy_entropy(params, log_std):
-    if log_std is None:
-        return -(params.softmax(-1) * params.log_softmax(-1)).sum(-1)
-    return (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1)
-
-
-def draw_actions(params, log_std, generator, shard):
-    """Draws actions (M, E, ...) at logits or means (M, E, A).
-
-    The noise is drawn for the whole meta-batch, of which process `shard[0]` of `shard[1]` takes its share: what is drawn
-    for a task does not depend on the number of processes."""
-    noise = params.new_empty(params.shape[1], params.shape[0] * shard[1], params.shape[2])
-    noise = noise.exponential_(generator=generator) if log_std is None else noise.normal_(generator=generator)
-    noise = noise[:, shard[0] :: shard[1]].transpose(0, 1)  # (M, E, A)
-    if log_std is None:  # the first of exponential alarms with these rates is a categorical draw
-        return (params.softmax(-1) / noise).argmax(dim=-1)
-    return params + log_std.exp() * noise
-
-
-def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), clipped to a Box; restarts none. A result that is not finite stops
-    the run: it must not reach the weights."""
-    actions, space = actions.cpu().numpy(), envs.single_action_space
-    if isinstance(space, gym.spaces.Box):
-        actions = actions.reshape(envs.action_space.shape).clip(space.low, space.high).astype(space.dtype)
-    next_obs, rewards, terminated, truncated, _ = envs.step(actions)
-    finite = np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1)
-    if not finite.all():
-        task = finite.argmin() % len(tasks)
-        raise FloatingPointError(f"reward or observation in step {step} of task {task} ({str(tasks[task]):.60})")
-    return next_obs, rewards, terminated, truncated
-
-
-def rollout(envs, weights, tasks, num_episodes, seeds, generator, shard=(0, 1)):
-    """One episode in each of N = E * M sub-environments (episode by episode), each task with its own weights (M, ...).
-
-    Whoever has ended early goes on, masked, until all have. Returns a dict of obs (M, E, T, D), actions (M, E, T, ...),
-    (M, E, T) each: logprobs, rewards, masks (1: part of the episode); and what a time limit cut off: last_obs (M, E, D),
-    truncated (M, E)."""
-    M, E, like = len(tasks), num_episodes, weights["actor_w0"]
-
-    def by_task(x):
-        """(N, ...) to (M, E, ...)"""
-        return torch.as_tensor(x, device=like.device).to(like.dtype).unflatten(0, (E, M)).transpose(0, 1)
-
-    obs, actions, params, rewards, masks = [], [], [], [], []
-    envs.unwrapped.set_attr("task", list(tasks) * E)
-    next_obs, _ = envs.reset(seed=seeds)
-    running, cut, last_obs = np.ones(M * E, dtype=bool), np.zeros(M * E, dtype=bool), np.array(next_obs)
-    with torch.no_grad():
-        while running.any():
-            obs.append(by_task(next_obs))
-            step_params, log_std = policy(weights, obs[-1])
-            params.append(step_params)
-            actions.append(draw_actions(step_params, log_std, generator, shard))
-            flat = actions[-1].transpose(0, 1).flatten(0, 1)  # (N, ...)
-            next_obs, reward, terminated, truncated = step_envs(envs, flat, tasks, len(masks))
-            rewards.append(reward * running)
-            masks.append(running)
-            if (done := terminated | truncated).any():
-                ended = running & done
-                last_obs[ended], cut[ended] = next_obs[ended], truncated[ended] & ~terminated[ended]
-                running = running & ~done
-                if running.any():
-                    next_obs, _ = envs.reset(options={"reset_mask": done})
-    obs, actions, params = (torch.stack(x, dim=2) for x in (obs, actions, params))  # (M, E, T, ...)
-    rewards, masks = (by_task(np.stack(x, axis=1)) for x in (rewards, masks))  # (M, E, T)
-    logprobs = log_prob(params, None if log_std is None else log_std[:, None], actions)
-    batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "masks": masks}
-    return batch | {"last_obs": by_task(last_obs), "truncated": by_task(cut)}
-
-
-def compute_gae(rewards, values, last_values, masks, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) in each episode; all (..., T), last_values (...).
-
-    Behind the last real step of an episode comes its last value: zero where it terminated."""
-    has_next = nn.functional.pad(masks[..., 1:], (0, 1)) > 0
-    next_values = torch.where(has_next, values.roll(-1, dims=-1), last_values[..., None])
-    deltas = (rewards + gamma * next_values - values) * masks
-    advantages = [torch.zeros_like(last_values)]
-    for delta in reversed(deltas.unbind(-1)):
-        advantages.append(delta + gamma * gae_lambda * advantages[-1])
-    return torch.stack(advantages[:0:-1], dim=-1)
+    After an episode comes nothing: the value there is zero. A time limit is no exception, since the values know the time."""
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_value - values[t]
+        next_advantage = advantages[t] = (delta + gamma * gae_lambda * next_advantage) * masks[t]
+        next_value = values[t] * masks[t]
+    return advantages
 
 
 def linear_values(obs, returns, masks, ridge=1e-5):
-    """Values (M, E, T) of a least-squares fit, one a task, of the returns on [obs, obs^2, t, t^2, t^3, 1] (Duan et
-    al. 2016, Benchmarking deep reinforcement learning).
-
-    The ridge keeps it solvable for observations that never change. A time limit is not bootstrapped: t is a feature."""
-    t = torch.arange(masks.shape[-1], device=obs.device).expand_as(masks)[..., None] / 100  # (M, E, T, 1)
-    features = torch.cat([obs.clamp(-10, 10), obs.clamp(-10, 10) ** 2, t, t**2, t**3, torch.ones_like(t)], dim=-1)
-    x = (features * masks[..., None]).flatten(1, 2).double()  # (M, E * T, F)
-    y = (returns * masks).flatten(1, 2)[..., None].double()
-    penalty = ridge * masks.sum((1, 2))[:, None, None] * torch.eye(x.shape[-1], device=obs.device)
-    coefficients = torch.linalg.solve(x.mT @ x + penalty, x.mT @ y)  # (M, F, 1)
-    return (x @ coefficients).view_as(masks).to(masks.dtype)
+    """Values (T, E) in a task: a least-squares fit of its returns on [obs, obs^2, t, t^2, t^3, 1] (Duan et al. 2016,
+    Benchmarking deep reinforcement learning). The ridge keeps it solvable where observations never change."""
+    t = torch.arange(len(masks), device=obs.device)[:, None, None].expand(*masks.shape, 1) / 100
+    x = torch.cat([obs, obs**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # (T, E, F)
+    x = (x * masks[..., None]).flatten(0, 1).double()
+    y = (returns * masks).flatten()[:, None].double()
+    penalty = ridge * masks.sum() * torch.eye(x.shape[-1], device=obs.device)
+    coefficients = torch.linalg.solve(x.T @ x + penalty, x.T @ y)
+    return (x @ coefficients).view_as(masks).to(masks)
 
 
-def critic_values(weights, inner_lr, batch, args):
-    """Values (E, T) and last values (E) of one task, by the meta-learned critic after its own inner step on this very batch,
-    and the returns (E, T) that it learns; what a time limit cut off is worth what the critic said before the step."""
-    zeros = torch.zeros_like(batch["rewards"])
-
-    def values_of(critic):
-        obs = torch.cat([batch["obs"].flatten(0, 1), batch["last_obs"]])  # (E * T + E, D)
-        values, last_values = mlp(critic, "critic", obs).squeeze(-1).div(1 - args.gamma).split([zeros.numel(), len(zeros)])
-        return values.view_as(zeros), last_values * batch["truncated"]
-
-    returns = compute_gae(batch["rewards"], zeros, values_of(weights)[1], batch["masks"], args.gamma, 1.0)
-    critic = {name: w for name, w in weights.items() if name.startswith("critic")}
-    grads = grad(critic_loss)(critic, batch | {"returns": returns}, args.gamma)
-    return *values_of({name: w - inner_lr[name] * args.vf_coef * grads[name] for name, w in critic.items()}), returns
-
-
-def add_advantages(batch, weights, inner_lr, args):
-    """Puts returns and advantages (M, E, T) into a batch, these with mean 0 and deviation 1 in each task, and what its
-    values explain of the returns (M)."""
+def add_advantages(batch, args):
+    """A task's batch and its advantages (T, E), with mean 0 and deviation 1, and what the values explain of the returns."""
     rewards, masks = batch["rewards"], batch["masks"]
-    last_values = torch.zeros_like(batch["truncated"])
-    if args.value_function == "linear":
-        returns = compute_gae(rewards, torch.zeros_like(rewards), last_values, masks, args.gamma, 1.0)
-        values = linear_values(batch["obs"], returns, masks)
-    else:
-        fit = vmap(critic_values, in_dims=(0, None, 0, None))
-        values, last_values, returns = fit(weights, inner_lr, batch, args)
-    advantages = compute_gae(rewards, values, last_values, masks, args.gamma, args.gae_lambda)
-    mean, std = task_mean_and_std(advantages, masks)
-    residual_std, returns_std = task_mean_and_std(returns - values, masks)[1], task_mean_and_std(returns, masks)[1]
-    batch["returns"], batch["advantages"] = returns, (advantages - mean) / (std + 1e-8) * masks
-    batch["explained_variance"] = (1 - (residual_std / (returns_std + 1e-8)) ** 2).flatten()
-    batch["advantage_std"] = std.flatten()
+    returns = compute_gae(rewards, torch.zeros_like(rewards), masks, args.gamma, 1.0)
+    values = linear_values(batch["obs"], returns, masks)
+    advantages = compute_gae(rewards, values, masks, args.gamma, args.gae_lambda)
+    advantages = (advantages - masked_mean(advantages, masks)) * masks
+    advantages = advantages / (masked_mean(advantages**2, masks).sqrt() + 1e-8)
+    residuals, deviations = returns - values, returns - masked_mean(returns, masks)
+    explained = 1 - masked_mean(residuals**2, masks) / (masked_mean(deviations**2, masks) + 1e-8)
+    return batch | {"advantages": advantages, "explained_variance": explained}
 
 
-def task_mean_and_std(x, masks):
-    """Mean and standard deviation (M, 1, 1) of x (M, E, T) over the real steps of each task."""
-    count = masks.sum((1, 2), keepdim=True)
-    mean = (x * masks).sum((1, 2), keepdim=True) / count
-    return mean, (((x - mean) ** 2 * masks).sum((1, 2), keepdim=True) / count).sqrt()
-
-
-def critic_loss(weights, batch, gamma):
-    """Mean squared error of the critic over one task's batch (E, T), in units of 1 / (1 - gamma), in which it answers; zero
-    where there is no critic."""
-    if "critic_w0" not in weights:
-        return torch.zeros(())
-    values = mlp(weights, "critic", batch["obs"]).squeeze(-1)
-    return 0.5 * ((values - (1 - gamma) * batch["returns"]) ** 2 * batch["masks"]).sum() / batch["masks"].sum()
+def masked_mean(x, masks):
+    return (x * masks).sum() / masks.sum()
 
 
 def inner_loss(weights, batch, args):
-    """What one inner step descends, for one task's batch (E, T, ...). All three have the same gradient where the data were
+    """What one inner step descends, for one task's batch (T, E, ...). All three have the same gradient where the data were
     drawn, and differ in how that gradient changes with the weights, which is what reaches the meta-gradient:
 
     log-prob  log pi A (Finn et al. 2017): the gradient of a fixed batch; that other weights draw other actions is left out.
     ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): an action's own probability is in; that it leads to others is not.
-    dice      each action's ratio times those of all before it (Foerster et al. 2018, Farquhar et al. 2019): all terms.
-
-    With `--exploration-credit` the sampling is accounted for as a whole, in `meta_loss` (E-MAML, Stadie et al. 2018), so it
-    is left out here, where it would count twice."""
-    logprobs, masks = log_prob(*policy(weights, batch["obs"]), batch["actions"]), batch["masks"]  # (E, T)
-    logratio = (logprobs - (batch["logprobs"] if args.inner_loss == "ratio" else logprobs.detach())) * masks
-    if args.inner_loss == "log-prob" or args.exploration_credit:
-        surrogate = logratio.exp().detach() * logprobs
+    dice      each action's ratio times those of all before it (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
+    masks = batch["masks"]
+    logprobs = policy(weights, batch["obs"]).log_prob(batch["actions"])  # (T, E)
+    if args.inner_loss == "log-prob":
+        surrogate = logprobs
     elif args.inner_loss == "ratio":
-        surrogate = logratio.exp()
+        surrogate = (logprobs - batch["logprobs"]).exp()
     else:
-        product = logratio.cumsum(-1)  # of the ratios up to and with this action
+        logratio = logprobs - logprobs.detach()
+        product = logratio.cumsum(0)  # of the ratios up to and with this action
         surrogate = product.exp() - (product - logratio).exp()
-    policy_loss = -(surrogate * batch["advantages"] * masks).sum() / masks.sum()
-    return policy_loss + args.vf_coef * critic_loss(weights, batch, args.gamma)
+    return -masked_mean(surrogate * batch["advantages"], masks)
 
 
-def adapt(weights, inner_lr, batch, args):
-    """One inner step for one task: its weights, moved against the gradient of the inner loss. What a task has explored, the
-    learner need not explore again, so that log-std is moved by a learned constant too."""
+def adapt(weights, step, batch, args):
+    """One inner step for one task: its weights, moved by the shift and against the gradient of the inner loss.
+
+    The mean of a Gaussian moves in units of its deviation, as by a natural gradient, so that one rate suits a learner that
+    explores and one that acts precisely."""
     grads = grad(inner_loss)(weights, batch, args)
     if args.first_order:
         grads = {name: g.detach() for name, g in grads.items()}
-    adapted = {name: w - inner_lr[name] * grads[name] for name, w in weights.items()}
     if "log_std" in weights:
-        adapted["log_std"] = adapted["log_std"] + inner_lr["log_std_shift"]
-    return adapted
+        scale = (std(weights) ** 2).mean()
+        grads = {name: g if name == "log_std" else scale * g for name, g in grads.items()}
+    return {name: w + step["shifts"][name] - step["rates"][name] * grads[name] for name, w in weights.items()}
 
 
-def clipped_loss(weights, batch, args):
-    """PPO's clipped objective (Schulman et al. 2017, eq. 7) for one task. Returns what `meta_loss` does."""
-    masks, advantages, (params, log_std) = batch["masks"], batch["advantages"], policy(weights, batch["obs"])
-    logratio = (log_prob(params, log_std, batch["actions"]) - batch["logprobs"]) * masks  # (E, T)
+def outer_loss(weights, batch, clip_coef=0.2):
+    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of one task's weights on the batch that they played.
+
+    Returns means over the real steps by name."""
+    masks, advantages, pi = batch["masks"], batch["advantages"], policy(weights, batch["obs"])
+    logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]  # (T, E)
     ratio = logratio.exp()
-    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * advantages)
-    approx_kl, clipfrac = (ratio - 1 - logratio).detach(), ((ratio - 1).abs() > args.clip_coef).to(masks.dtype)
-    means = [(x * masks).sum() / masks.sum() for x in (policy_loss, policy_entropy(params, log_std), approx_kl, clipfrac)]
-    return means[0], critic_loss(weights, batch, args.gamma), *means[1:]
+    losses = {
+        "policy_loss": -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages),
+        "entropy": pi.entropy().detach(),
+        "approx_kl": (ratio - 1 - logratio).detach(),
+        "clipfrac": ((ratio - 1).abs() > clip_coef).to(masks),
+    }
+    return {name: masked_mean(loss, masks) for name, loss in losses.items()}
 
 
-def meta_loss(weights, inner_lr, batches, args):
-    """Losses of one task as functions of the start: adapt on each batch but the last, judge each adapted policy on the
-    batch that it played; the mean, with `--step-weights`.
-
-    `inner_lr`: the rates of each step. With `--exploration-credit` the probability of all that was drawn before a batch is in
-    its policy loss, times what came of it, clipped too. Returns policy_loss, value_loss, entropy, approx_kl and clipfrac."""
-    step_weights, losses, ratios = args.step_weights or (1.0,) * len(inner_lr), [], []
-    for step_lr, batch, next_batch in zip(inner_lr, batches[:-1], batches[1:], strict=True):
-        if args.exploration_credit:
-            logprobs = log_prob(*policy(weights, batch["obs"]), batch["actions"])
-            ratios.append(((logprobs - batch["logprobs"]) * batch["masks"]).exp().flatten())
-        weights = adapt(weights, step_lr, batch, args)
-        policy_loss, *others = clipped_loss(weights, next_batch, args)
-        if args.exploration_credit:
-            ratio, credit = torch.cat(ratios), next_batch["credit"]
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = policy_loss - torch.min(ratio * credit, clipped * credit).sum()
-        losses.append((policy_loss, *others))
-    shares = [w / sum(step_weights) for w in step_weights]
-    return tuple(sum(w * x for w, x in zip(shares, terms, strict=True)) for terms in zip(*losses, strict=True))
+def meta_loss(weights, steps, batches, args):
+    """Losses of one task as functions of the start `weights` and of the inner `steps`: adapt on each batch but the last,
+    judge each adapted policy on the batch that it played. Returns the means over the K steps by name."""
+    losses = []
+    for step, batch, next_batch in zip(steps, batches[:-1], batches[1:], strict=True):
+        weights = adapt(weights, step, batch, args)
+        losses.append(outer_loss(weights, next_batch))
+    return {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
 
 
-def collect(agent, args, envs, tasks, num_steps, seeds, generator, shard=(0, 1)):
-    """Lets the learner of each task act, then adapt, `num_steps` times, with fresh episodes each time: num_steps + 1 batches.
-
-    `seeds`: one list of N for each of them."""
-    weights = {name: w.detach().expand(len(tasks), *w.shape) for name, w in agent.weights.items()}
+@torch.no_grad()
+def collect(agent, envs, tasks, num_steps, rng, args):
+    """Lets the learner of each task act, then adapt, `num_steps` times, with fresh episodes each time: num_steps + 1 batches
+    of tensors (M, ...)."""
+    weights = {name: w.expand(len(tasks), *w.shape) for name, w in agent.weights.items()}
     num_episodes, batches = envs.num_envs // len(tasks), []
     for step in range(num_steps + 1):
-        inner_lr = {name: lr.detach() for name, lr in agent.inner_lr_of(step, args.inner_lr_decay).items()}
-        batch = rollout(envs, weights, tasks, num_episodes, seeds[step], generator, shard)
-        add_advantages(batch, weights, inner_lr, args)
-        batches.append(batch)
-        if step < num_steps:
-            weights = vmap(adapt, in_dims=(0, None, 0, None))(weights, inner_lr, batch, args)
+        if step > 0:
+            inner_step = agent.inner_step(step - 1)
+            weights = vmap(adapt, in_dims=(0, None, 0, None))(weights, inner_step, batches[-1], args)
+        batch = rollout(agent, weights, envs, tasks, num_episodes, int(rng.integers(2**31)))
+        batches.append(vmap(add_advantages, in_dims=(0, None))(batch, args))
     return batches
 
 
-def episode_returns(batches):
-    """Return of an episode, mean over a task's episodes, after each number of steps: (S + 1, M)."""
-    return torch.stack([(batch["rewards"] * batch["masks"]).sum(-1).mean(-1) for batch in batches])
+def mean_returns(batches):
+    """Return of an episode, mean over the episodes of a task, after each number of steps: (K + 1, M)."""
+    return torch.stack([batch["rewards"].sum(1).mean(1) for batch in batches])
 
 
-def exploration_credit(returns, batch, num_tasks):
-    """Advantage (M) of each action of a task's earlier batches: its returns (M) after adaptation less those of all other
-    tasks, in the units of the policy loss, which is a mean over steps of advantages with deviation 1."""
-    baseline = (all_reduce(returns.sum()) - returns) / (num_tasks - 1)
-    return (returns - baseline) / (batch["masks"].sum(-1).mean(-1) * batch["advantage_std"] + 1e-8)
-
-
-def evaluate(agent, args, tasks, video_dir=None):
-    """Return of an episode after 0 .. `--eval-adapt-steps` steps in each task: (S + 1, tasks), the noise always the same."""
-    envs = make_envs(args, len(tasks) * (args.eval_episodes or args.num_episodes), film=video_dir is not None)
-    if video_dir is not None:
-        envs = RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: True)
-    shape = args.eval_adapt_steps + 1, envs.num_envs
-    seeds = stream(args.seed, 0, EVAL).integers(2**31, size=shape).tolist()
-    generator = torch_stream(torch.device(args.device), args.seed, 0, ACTIONS)
-    batches = collect(agent, args, envs, tasks, args.eval_adapt_steps, seeds, generator)
-    envs.close()
-    return episode_returns(batches)
-
-
-def print_table(returns):
-    """The closing table, of held-out returns (S + 1, tasks)."""
-    print(f"\nreturn of an episode on {returns.shape[1]} held-out tasks")
-    for k, step_returns in enumerate(returns):
-        print("{:>14} {:10.3f} ± {:.3f}".format(f"after {k} step{'s' * (k != 1)}", *summarize(step_returns)))
+def evaluate(agent, envs, tasks, args):
+    """Return of an episode in each task after 0, 1, ... adaptation steps, by their number, always with the same noise."""
+    rng, returns, num_tasks = seed_all(args.seed, 0, EVALUATION), [], envs.num_envs // args.num_episodes
+    for first in range(0, len(tasks), num_tasks):
+        chunk = [tasks[i % len(tasks)] for i in range(first, first + num_tasks)]
+        batches = collect(agent, envs, chunk, args.eval_adapt_steps or args.adapt_steps, rng, args)
+        returns.append(mean_returns(batches))
+    return dict(enumerate(torch.cat(returns, dim=1)[:, : len(tasks)].cpu()))
 
 
 # PLUMBING: the same text in each script
-SCRIPT = Path(__file__).stem
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-TASKS, NOISE, ACTIONS, MINIBATCHES, TRAIN_TASKS, HELDOUT_TASKS, EVAL = range(7)  # purposes of random draws
+HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # what is drawn in iteration 0
+MACHINE_FLAGS = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # not kept in a checkpoint
 
 
-def stream(*key):
-    """The random stream of (seed, iteration, purpose); what is drawn once has iteration 0."""
-    return np.random.default_rng(key)
-
-
-def torch_stream(device, *key):
-    return torch.Generator(device).manual_seed(int(stream(*key).integers(2**63)))
-
-
-def fail(message):
-    """Ends the program for bad input: one line, exit code 2."""
-    if RANK == 0:
-        print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+def fail(message, rank=0):
+    """Ends the program for bad input: one line, by process `rank`, and exit code 2."""
+    if RANK == rank:
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def require(args, flags, ok, right):
-    """Fails unless `ok(value)` for each of `flags`; `right` says what would be."""
-    for flag in flags.split():
-        if not ok(value := getattr(args, flag)):
-            name = flag.replace("_", "-")
-            fail(f"--{'' if value else 'no-'}{name}: {right}" if isinstance(value, bool) else f"--{name} {value}: {right}")
+def seed_all(*key):
+    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else that is random: so a resumed run
+    is the run that was never stopped."""
+    rng = np.random.default_rng(key)
+    torch.manual_seed(int(rng.integers(2**63)))
+    return rng
 
 
-def make_envs(args, num_envs, film=False):
-    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync."""
-    kwargs = {"render_mode": "rgb_array"} if film else {}
-    module, _, name = args.env_id.rpartition(":")
-    try:
-        sys.path.append(os.getcwd())  # where a family of your own may lie
-        if module:
-            importlib.import_module(module)
-        spec = gym.spec(name)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    entry_point = spec.vector_entry_point or spec.entry_point
-    if spec.vector_entry_point is None:
-        kwargs["vector_kwargs"] = {"autoreset_mode": AutoresetMode.DISABLED}
-    try:
-        envs = gym.make_vec(name, num_envs, **kwargs, **args.env_kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    except (TypeError, ValueError, AssertionError) as error:
-        if film and "render_mode" in str(error):
-            fail(f"--capture-video: {args.env_id} draws no pictures")
-        if not args.env_kwargs:
-            raise
-        creator = entry_point if callable(entry_point) else load_env_creator(entry_point)
-        names = [name for name in inspect.signature(creator).parameters if name not in ("num_envs", "render_mode")]
-        fail(f"--env-kwargs {args.env_kwargs}: {error}; {args.env_id} takes {', '.join(names) or 'none'}")
-    if not hasattr(task_family(envs), "sample_tasks"):
-        fail(f"--env-id {args.env_id}: it has no sample_tasks(num_tasks, rng); give a task family")
-    if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-        fail(f"--env-id {args.env_id}: observations are {envs.single_observation_space}; give a family with vectors (Box)")
-    space = envs.single_action_space
-    if not isinstance(space, gym.spaces.Discrete | gym.spaces.Box) or getattr(space, "start", 0) != 0:
-        fail(f"--env-id {args.env_id}: actions are {space}; give a family with Discrete, counted from 0, or Box")
-    if film:
+def average(*tensors):
+    """Replaces tensors by their mean over the processes, in one message."""
+    if WORLD_SIZE > 1:
+        flat = nn.utils.parameters_to_vector(tensors)
         try:
-            importlib.import_module("moviepy")
-            envs.reset()
-            envs.render()
-        except Exception as error:  # whatever a missing renderer raises
-            fail(f"--capture-video: {error}; install moviepy and, for MuJoCo, set MUJOCO_GL=egl or osmesa")
+            dist.all_reduce(flat)
+        except RuntimeError:  # another process has ended, and said why
+            os._exit(2)
+        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
+
+
+class Border(gym.Wrapper):
+    """A single environment as the vector environment gets it: a vector observed, a number as reward, and no infos, which
+    nobody reads. What is no number becomes NaN, which `step_envs` reports."""
+
+    def __init__(self, env):
+        is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
+        super().__init__(env if is_vector else gym.wrappers.FlattenObservation(env))
+
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)[0], {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        try:
+            reward = np.asarray(reward, dtype=np.float64).item()
+        except (TypeError, ValueError):
+            reward = np.nan
+        return obs, reward, terminated, truncated, {}
+
+
+def family_attribute(envs, name, default=None):
+    """An attribute of the task family, wherever among its wrappers it is."""
+    env = getattr(envs.unwrapped, "envs", [envs.unwrapped])[0]
+    if isinstance(env, gym.Env):
+        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
+    return getattr(env, name, default)
+
+
+def make_envs(args, num_envs):
+    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync. What
+    is wrong with a family is said here."""
+    family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
+    module, _, name = args.env_id.rpartition(":")
+    if "/" in module or module.endswith(".py"):
+        fail(f"{family}: go to the folder of that file and give {Path(module.removesuffix('.py')).name}:{name}")
+    sys.path.insert(0, os.getcwd())  # where a family of your own may lie
+    try:
+        module and importlib.import_module(module)
+        if gym.spec(name).vector_entry_point is None:
+            kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
+            kwargs |= {"wrappers": [Border], "disable_env_checker": True}
+        envs = gym.make_vec(name, num_envs, **kwargs)
+        if len(envs.single_observation_space.shape or ()) != 1:
+            envs = gym.wrappers.vector.FlattenObservation(envs)
+    except Exception as error:  # whatever the family's own code raises
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
+    wrappers = f"{envs} {getattr(envs.unwrapped, 'envs', [''])[0]}"
+    mode, space = envs.metadata.get("autoreset_mode"), envs.single_action_space
+    episodes = family_attribute(envs, "episodes_per_trial", 2)
+    for wrong, message in (
+        (not family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
+        (family_attribute(envs, "task", fail) is fail, "it has no attribute `task`, where a task family gets its task"),
+        (not isinstance(episodes, int | np.integer) or episodes < 1, f"episodes_per_trial is {episodes!r}; give 1 or more"),
+        ("<Normalize" in wrappers, "leave out NormalizeObservation and -Reward, whose statistics no checkpoint holds"),
+        (mode != AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
+        (not isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
+    ):
+        if wrong:
+            fail(f"{family}: {message}")
     return envs
 
 
-def task_family(envs):
-    """The environment that has `sample_tasks`: the native vector environment itself, or the first sub-environment."""
-    return getattr(envs, "envs", [envs])[0].unwrapped
-
-
 def sample_tasks(envs, num_tasks, rng):
-    return list(task_family(envs).sample_tasks(num_tasks, rng)) if num_tasks else []
+    """A list of exactly `num_tasks` tasks of the family."""
+    tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
+    is_sequence = isinstance(tasks, Sequence | np.ndarray) and not isinstance(tasks, str) and getattr(tasks, "ndim", 1)
+    if not is_sequence or len(tasks) != num_tasks:
+        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a sequence of {num_tasks} tasks")
+    return list(tasks)
 
 
-def all_reduce(tensor):
-    """Sums a tensor over the processes, in place; one process has nothing to do."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def set_tasks(envs, tasks):
+    """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
+    tasks = [copy.deepcopy(task) for task in tasks]
+    if hasattr(envs.unwrapped, "set_attr"):
+        envs.unwrapped.set_attr("task", tasks)
+    else:
+        envs.unwrapped.task = tasks
 
 
-def all_reduce_gradients(module):
-    """Sums the meta-gradient over the processes, in one message."""
-    if WORLD_SIZE > 1:
-        grads = [p.grad for p in module.parameters() if p.grad is not None]
-        nn.utils.vector_to_parameters(all_reduce(nn.utils.parameters_to_vector(grads)), grads)
+def to_env(actions, space):
+    """The policy's actions (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
+    side without a bound, or one beyond a million, is taken to be two units from the other."""
+    if isinstance(space, gym.spaces.Discrete):
+        return actions + space.start
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low = np.where(low > -1e6, low, np.where(high < 1e6, high - 2, -1))
+    high = np.where(high < 1e6, high, low + 2)
+    actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
+    actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
+    return actions.clip(space.low, space.high).astype(space.dtype)
 
 
-def stop_if_not_finite(**terms):
-    for name, term in terms.items():
-        if not torch.isfinite(term).all():
-            raise FloatingPointError(name)
+def step_envs(envs, actions, tasks, step):
+    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite must not reach the weights."""
+    next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
+    next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
+    wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
+    if wrong.any() or step > 20_000:
+        what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank=RANK)
+    return next_obs, rewards, terminated, truncated
 
 
-def load_checkpoint(flag, path):
-    """Reads a checkpoint of this script; never runs code that a file may hold."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(f"{flag} {path}: {error.strerror}; give the path of a checkpoint.pt")
-    except Exception:  # whatever a truncated or foreign file makes the reader raise
-        checkpoint = None
-    keys = {"script", "args", "agent", "optimizer", "iteration", "global_step", "eval_rows"}
-    if not isinstance(checkpoint, dict) or set(checkpoint) != keys:
-        fail(f"{flag} {path}: not a whole checkpoint; give a checkpoint.pt that {SCRIPT}.py wrote")
-    if checkpoint["script"] != SCRIPT:
-        fail(f"{flag} {path}: a checkpoint of {checkpoint['script']}.py; give one that {SCRIPT}.py wrote")
-    defaults, saved = asdict(Args()), checkpoint["args"]
-    wrong = set(defaults) ^ set(saved)
-    wrong = wrong or {name for name, value in saved.items() if type(value) is not type(defaults[name] or value)}
-    if wrong:
-        fail(f"{flag} {path}: written by another version of {SCRIPT}.py, which differs in {', '.join(sorted(wrong))}")
-    return checkpoint
+def parse_args(*bounds):
+    """The settings, and the checkpoint to resume or evaluate, if any: flags go before what is saved in it, that before
+    defaults. `bounds`: names of flags, their least and their greatest value."""
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if path := args.resume or args.evaluate:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+            saved, own = checkpoint["args"], {f.name for f in fields(Args)} - MACHINE_FLAGS
+        except Exception as error:  # whatever a missing, truncated or foreign file makes the reader raise
+            fail(f"{path}: {getattr(error, 'strerror', None) or 'not a whole checkpoint'}; give the path of a checkpoint.pt")
+        if saved.keys() != own:  # of a copy of this file that was changed
+            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
+        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
+        args = tyro.cli(Args, description=__doc__, default=defaults)
+        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
+    for names, least, greatest in bounds:
+        for name in names.split():
+            if not least <= getattr(args, name) <= greatest:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU; give cpu")
+    booleans = {"true": True, "false": False}
+    args.env_kwargs = {name: booleans.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
+    return args, checkpoint
 
 
-def load_weights(flag, path, agent, optimizer, checkpoint):
-    saved, own = checkpoint["agent"], agent.state_dict()
-    for name in own | saved:
-        if name not in own or name not in saved or own[name].shape != saved[name].shape:
-            shapes = [tuple(state[name].shape) if name in state else "missing" for state in (saved, own)]
-            fail(f"{flag} {path}: {name} is {shapes[0]} there, {shapes[1]} for this environment and these flags")
-    agent.load_state_dict(saved)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-
-
-def write_file(path, content):
-    """Writes bytes whole or not at all: to a temporary file, which is then moved into place."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def summarize(returns):
-    """Mean over tasks and its standard error, of returns (tasks)."""
-    return returns.mean().item(), (returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5).item()
-
-
-def eval_csv_rows(global_step, split, returns, first):
-    """Rows of eval.csv for returns (adaptation, tasks), whose first row is adaptation number `first`."""
-    return [[global_step, split, k, *summarize(r), len(r)] for k, r in enumerate(returns, first)]
-
-
-def write_eval_csv(path, rows):
-    header = ["global_step", "split", "adaptation", "mean_return", "stderr", "num_tasks"]
-    write_file(path, "".join(",".join(map(str, row)) + "\n" for row in [header, *rows]).encode())
+def report(split, results, rows, global_step, run_dir):
+    """Adds the results of an evaluation to the rows of eval.csv, writes it, and returns them for TensorBoard."""
+    stderr = {name: x.std().item() / len(x) ** 0.5 for name, x in results.items()}
+    rows += [[global_step, split, name, x.mean().item(), stderr[name], len(x)] for name, x in results.items()]
+    header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
+    np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
+    return {f"eval/{split}_return_after_{name}": x.mean() for name, x in results.items()}
 
 
 if __name__ == "__main__":
     # SETTINGS
-    args = tyro.cli(Args, description=__doc__)
-    flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if path:
-        checkpoint = load_checkpoint(flag, path)
-        saved = Args(**checkpoint["args"])
-        args = tyro.cli(Args, description=__doc__, default=replace(saved, env_kwargs={}))
-        args.env_kwargs = saved.env_kwargs | args.env_kwargs
-    require(args, "resume", lambda x: not (x and args.evaluate), "cannot be given together with --evaluate")
-    require(args, "total_timesteps eval_every checkpoint_every", lambda x: x >= 1, "give a whole number of at least 1")
-    require(args, "eval_tasks", lambda x: x >= 2, "give at least 2 tasks, so that there is a standard error")
-    require(args, "seed num_train_tasks torch_threads", lambda x: 0 <= x < 2**31, "give a whole number from 0 to 2147483647")
-    require(args, "device", lambda x: x == "cpu" or x == "cuda" and torch.cuda.is_available(), "give cpu, or cuda with a GPU")
-    require(args, "num_tasks", lambda x: x >= 1 and x % WORLD_SIZE == 0, f"give 1 or more for each of {WORLD_SIZE} processes")
-    require(args, "num_tasks", lambda x: x >= 2 or not args.exploration_credit, "--exploration-credit needs at least 2")
-    require(args, "hidden_size num_episodes update_epochs", lambda x: x >= 1, "give a whole number of at least 1")
-    require(args, "adapt_steps eval_adapt_steps", lambda x: x >= 1, "give a whole number of at least 1")
-    require(args, "step_weights", lambda x: len(x) in (0, args.adapt_steps), "give one for each of the --adapt-steps")
-    require(args, "step_weights", lambda x: not x or min(x) >= 0 and 0 < sum(x) < np.inf, "give 0 or more, not all of them 0")
-    require(args, "learning_rate clip_coef max_grad_norm", lambda x: 0 < x < np.inf, "give a number above 0")
-    require(args, "log_std log_std_shift", np.isfinite, "give a finite number")
-    require(args, "gamma gae_lambda", lambda x: 0 <= x <= 1, "give a number from 0 to 1")
-    require(args, "gamma", lambda x: x < 1 or args.value_function == "linear", "--value-function network needs less than 1")
-    require(args, "eval_episodes", lambda x: x >= 0, "give a whole number of at least 0")
-    require(args, "inner_lr inner_lr_decay vf_coef", lambda x: 0 <= x < np.inf, "give 0 or more")
-    require(args, "inner_lr_learning_rate log_std_learning_rate", lambda x: 0 <= x < np.inf, "give 0 or more")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
+    args, checkpoint = parse_args(
+        ("seed num_train_tasks num_tasks num_episodes eval_adapt_steps learning_rate", 0, 2**53),
+        ("total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
+        ("eval_tasks", 2, 2**53),
+        ("inner_lr", 1e-9, 2**53),
+        ("gamma gae_lambda", 0, 1),
+        ("torch_threads", 1, os.cpu_count()),
+    )
 
     # SETUP
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device(args.device)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    torch.manual_seed(args.seed)  # for the first weights alone: every other draw has a stream of its own
-    device = torch.device(args.device)
-    envs = make_envs(args, args.num_tasks // WORLD_SIZE * args.num_episodes)
-    if args.capture_video:
-        make_envs(args, 1, film=True).close()  # so that it fails now if at all
-    heldout_tasks = sample_tasks(envs, args.eval_tasks, stream(args.seed, 0, HELDOUT_TASKS))
-    train_tasks = sample_tasks(envs, args.num_train_tasks, stream(args.seed, 0, TRAIN_TASKS))
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    envs = make_envs(args, 32)
+    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+        fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
+    train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
+    rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
-    rates = args.learning_rate, args.inner_lr_learning_rate, args.log_std_learning_rate
-    optimizer = torch.optim.Adam(agent.parameter_groups(), lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameter_groups(), eps=1e-5)
+    args.num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 10))
+    [batch] = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)  # by the untrained agent
+    real = batch["masks"] > 0
+    agent.set_units(batch["obs"][real])
+    if args.num_tasks == 0:
+        limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
+        episode_steps = limit or real.sum().item() / 32
+        num_tasks = 40_000 / ((args.adapt_steps + 1) * args.num_episodes * episode_steps)
+        args.num_tasks = int(np.clip(num_tasks, 8, 256)) // WORLD_SIZE * WORLD_SIZE
+    num_tasks = args.num_tasks // WORLD_SIZE  # of this process
+    if args.num_tasks % WORLD_SIZE or num_tasks == 0:
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes")
+    envs = make_envs(args, num_tasks * args.num_episodes)
     iteration, global_step, eval_rows = 0, 0, []
-    if path:
-        load_weights(flag, path, agent, optimizer, checkpoint)
-        iteration, global_step, eval_rows = checkpoint["iteration"], checkpoint["global_step"], checkpoint["eval_rows"]
-    require(args, "total_timesteps", lambda x: args.evaluate or x > global_step, f"{global_step} are done already; give more")
-
-    run_dir, resumes = Path(args.resume or "").parent, Path(args.resume or "").name == "checkpoint.pt"
-    if not resumes:
-        run_dir = Path(args.runs_dir) / f"{args.env_id.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-    try:
-        if RANK == 0:
-            run_dir.mkdir(parents=True, exist_ok=resumes)
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: {error.strerror}; give a folder that can be written")
-    resume_command = f"python {sys.argv[0]} --resume {run_dir / 'checkpoint.pt'}"
-
-    if args.evaluate:
-        if RANK > 0:
-            sys.exit()
+    if checkpoint:
         try:
-            returns = evaluate(agent, args, heldout_tasks)
-        except FloatingPointError as error:
-            sys.exit(f"{SCRIPT}.py: {error} is not finite")
-        write_eval_csv(run_dir / "eval.csv", eval_csv_rows(global_step, "heldout", returns, first=0))
-        print_table(returns)
-        if args.capture_video:
-            evaluate(agent, args, heldout_tasks[:4], run_dir / "videos")
-        sys.exit()
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            fail(f"{args.resume or args.evaluate}: not of this agent: {' '.join(str(error).split()):.300}")
+        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
+        eval_rows = checkpoint["eval_rows"] if args.resume else []
+    if args.resume and global_step >= args.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
+    run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     if RANK == 0:
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if resumes else None)
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + table, global_step)
-    stop_signals, stopped = [], False
-
-    def stop_soon(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one stops at once
-
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
 
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
+    ends = bool(args.evaluate)
     try:
-        while global_step < args.total_timesteps and not stopped:
+        while not ends:
             iteration += 1
-            remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = remaining * rate
-            rng = stream(args.seed, iteration, TASKS)
-            tasks = sample_tasks(envs, args.num_tasks, rng)
+            rng = seed_all(args.seed, iteration, RANK)
+            remaining = 1 - global_step / args.total_timesteps
+            for group in optimizer.param_groups:
+                group["lr"] = remaining * args.learning_rate * group["factor"]
+            tasks = sample_tasks(envs, num_tasks, rng)
             if train_tasks:
-                tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=args.num_tasks)]
+                tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
 
             start = time.time()
-            shape = args.adapt_steps + 1, args.num_tasks * args.num_episodes
-            seeds = stream(args.seed, iteration, NOISE).integers(2**31, size=shape)[:, RANK::WORLD_SIZE].tolist()
-            generator = torch_stream(device, args.seed, iteration, ACTIONS)
-            own_tasks, shard = tasks[RANK::WORLD_SIZE], (RANK, WORLD_SIZE)
-            batches = collect(agent, args, envs, own_tasks, args.adapt_steps, seeds, generator, shard)
-            returns = episode_returns(batches)  # (K + 1, M)
-            if args.exploration_credit:
-                for batch, adapted_returns in zip(batches[1:], returns[1:], strict=True):
-                    batch["credit"] = exploration_credit(adapted_returns, batch, args.num_tasks)
+            batches = collect(agent, envs, tasks, args.adapt_steps, rng, args)
             rollout_time, start = time.time() - start, time.time()
 
+            losses = defaultdict(list)
             for _ in range(args.update_epochs):
-                inner_lr = [agent.inner_lr_of(step, args.inner_lr_decay) for step in range(args.adapt_steps)]
-                losses = vmap(meta_loss, in_dims=(None, None, 0, None))(dict(agent.weights), inner_lr, batches, args)
-                policy_loss, value_loss, entropy, approx_kl, clipfrac = (x.sum() / args.num_tasks for x in losses)
+                inner_steps = [agent.inner_step(k) for k in range(args.adapt_steps)]
+                all_tasks = vmap(meta_loss, in_dims=(None, None, 0, None))
+                meta_losses = all_tasks(dict(agent.weights), inner_steps, batches, args)
+                meta_losses = {name: loss.mean() for name, loss in meta_losses.items()}
                 optimizer.zero_grad()
-                (policy_loss + args.vf_coef * value_loss).backward()
-                all_reduce_gradients(agent)
-                meta_grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                stop_if_not_finite(policy_loss=policy_loss, value_loss=value_loss, meta_grad_norm=meta_grad_norm)
+                meta_losses["policy_loss"].backward()
+                average(*(p.grad for p in agent.parameters()))
+                meta_losses["meta_grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5)
+                if not torch.isfinite(meta_losses["policy_loss"] + meta_losses["meta_grad_norm"]):
+                    fail("the meta-gradient is not finite, so the weights were left as they were; lower --learning-rate")
                 optimizer.step()
+                for name, term in meta_losses.items():
+                    losses[name].append(term.detach())
             update_time = time.time() - start
 
             # LOGGING
-            steps = int(all_reduce(sum(batch["masks"].sum() for batch in batches)))
+            steps, by_step = sum(batch["masks"].sum().double() for batch in batches), mean_returns(batches).mean(1)
+            average(steps, by_step)
+            steps = round(steps.item() * WORLD_SIZE)
             global_step += steps
-            returns = all_reduce(returns.sum(1)) / args.num_tasks  # (K + 1,)
-            losses = all_reduce(torch.stack([policy_loss, value_loss, entropy, approx_kl, clipfrac]).detach())
-            policy_loss, value_loss, entropy, approx_kl, clipfrac = losses
-            explained_variance = all_reduce(batches[-1]["explained_variance"].sum()) / args.num_tasks
-            pre, post = returns[0].item(), returns[-1].item()
-            progress.set_postfix(pre=f"{pre:.2f}", post=f"{post:.2f}", refresh=False)
-            progress.update(steps)
-            scalars = {
-                "charts/pre_adaptation_return": pre,
-                "charts/post_adaptation_return": post,
-                "charts/SPS": steps / (rollout_time + update_time),
-                "charts/learning_rate": remaining * args.learning_rate,
-                "time/rollout": rollout_time,
-                "time/update": update_time,
-                "losses/policy_loss": policy_loss,
-                "losses/value_loss": value_loss,
-                "losses/entropy": entropy,
-                "losses/approx_kl": approx_kl,
-                "losses/clipfrac": clipfrac,
-                "losses/explained_variance": explained_variance,
-                "losses/meta_grad_norm": meta_grad_norm,
-            }
             ends = global_step >= args.total_timesteps
-            stopped = bool(all_reduce(torch.tensor(len(stop_signals), device=device)))
-            if RANK == 0 and (ends or iteration % args.eval_every == 0):
-                heldout_returns = evaluate(agent, args, heldout_tasks)
-                train_returns = evaluate(agent, args, (train_tasks or tasks)[: args.eval_tasks])
-                eval_rows += eval_csv_rows(global_step, "heldout", heldout_returns, first=0)
-                eval_rows += eval_csv_rows(global_step, "train", train_returns, first=0)
-                write_eval_csv(run_dir / "eval.csv", eval_rows)
-                scalars |= {f"eval/heldout_return_after_{k}": r.mean() for k, r in enumerate(heldout_returns)}
-                scalars |= {f"eval/train_return_after_{k}": r.mean() for k, r in enumerate(train_returns)}
-                scalars["eval/generalization_gap"] = train_returns[-1].mean() - heldout_returns[-1].mean()
-            if RANK == 0:
-                for tag, value in scalars.items():
-                    writer.add_scalar(tag, torch.as_tensor(value).item(), global_step)
-            if RANK == 0 and (ends or stopped or iteration % args.checkpoint_every == 0):
-                writer.flush()
-                checkpoint = {
-                    "script": SCRIPT,
-                    "args": asdict(args) | {"resume": None, "evaluate": None, "runs_dir": Args.runs_dir},
-                    "agent": agent.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "iteration": iteration,
-                    "global_step": global_step,
-                    "eval_rows": eval_rows,
-                }
-                torch.save(checkpoint, buffer := io.BytesIO())
-                write_file(run_dir / "checkpoint.pt", buffer.getvalue())
-    except FloatingPointError as error:
-        hint = f"go on from the last checkpoint, with a lower --learning-rate for example: {resume_command}"
-        hint = hint if (run_dir / "checkpoint.pt").exists() else "there is no checkpoint yet"
-        sys.exit(f"{SCRIPT}.py: iteration {iteration}: {error} is not finite, so the weights were left as they were; {hint}")
-    except OSError as error:
-        fail(f"--runs-dir {args.runs_dir}: {error.strerror}")
-    progress.close()
+            progress.update(steps)
+            progress.set_postfix(pre=f"{by_step[0]:.2f}", post=f"{by_step[-1]:.2f}", refresh=False)
+            if RANK > 0:
+                continue
+            scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
+            scalars["losses/explained_variance"] = batches[-1]["explained_variance"].mean()
+            scalars |= {"charts/pre_adaptation_return": by_step[0], "charts/post_adaptation_return": by_step[-1]}
+            scalars["charts/SPS"] = steps / (rollout_time + update_time)
+            scalars["charts/learning_rate"] = remaining * args.learning_rate
+            scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+            if ends or iteration % args.eval_every == 0:
+                train_results = evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)
+                results = evaluate(agent, envs, heldout_tasks, args)
+                scalars |= report("train", train_results, eval_rows, global_step, run_dir)
+                scalars |= report("heldout", results, eval_rows, global_step, run_dir)
+                last = [*results][-1]
+                scalars["eval/generalization_gap"] = train_results[last].mean() - results[last].mean()
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, float(value), global_step)
+            writer.flush()
+            saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
+            checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
+            torch.save(checkpoint, run_dir / "checkpoint.tmp")
+            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # whole or not at all
+        if args.evaluate:
+            results = evaluate(agent, envs, heldout_tasks, args)
+            report("heldout", results, eval_rows, global_step, run_dir)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        progress.close()
+        if not ends and (run_dir / "checkpoint.pt").exists():
+            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir / 'checkpoint.pt')])}", file=sys.stderr)
     if RANK > 0:
-        os._exit(0)  # the usual end would race with gloo's threads, which may still hold tensors of Python's, and abort
+        os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
     writer.close()
-    if stopped and not ends:
-        print(f"stopped after iteration {iteration}; go on with: {resume_command}")
-        sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
-    print_table(heldout_returns)
-    if args.capture_video:
-        evaluate(agent, args, heldout_tasks[:4], run_dir / "videos")
-    print(f"\nevaluate again: python {sys.argv[0]} --evaluate {run_dir / 'checkpoint.pt'}")
+
+    # CLOSING
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
+    print(f"\nreturn on {args.eval_tasks} held-out tasks")
+    for _, _, name, mean, stderr, _ in eval_rows[-len(results) :]:
+        print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
+    numbered = [x for name, x in results.items() if name != "trial"]
+    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
+    verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
+    print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
+    path = args.evaluate or str(run_dir / "checkpoint.pt")
+    print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")
