@@ -42,8 +42,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,7 +74,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 3_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -125,10 +124,8 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """What the native task families share: sub-environments side by side, each restarted only when it is told to.
-
-    A family draws tasks (`sample_tasks`), takes up those in `task` when all sub-environments are reset (`use_tasks`), starts
-    episodes (`start`), acts (`act`) and observes (`observe`), for all sub-environments at once."""
+    """Sub-environments side by side. A family draws tasks (`sample_tasks`) and, given `tasks` (M, ...), moves `state` (M, ...)
+    and returns rewards (`act`); `start` and `observe` are there to be overridden."""
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
@@ -137,14 +134,15 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        self.task, self.steps = self.sample_tasks(num_envs, np.random.default_rng(0)), np.zeros(num_envs, dtype=np.int64)
+        self.task = self.sample_tasks(num_envs, np.random.default_rng(0))
+        self.steps, self.state = np.zeros(num_envs, dtype=np.int64), np.zeros(self.observation_space.shape)
 
     def reset(self, *, seed=None, options=None):
-        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed` is of the noise of all of them."""
+        """Starts all sub-environments in the tasks of `task`, or those of `options["reset_mask"]` in their old one."""
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if mask.all():
-            self.use_tasks(self.task)
+            self.tasks = np.array(self.task)
         self.steps[mask] = 0
         self.start(mask)
         return self.observe(), {}
@@ -154,6 +152,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.steps += 1
         truncated = self.steps >= self.max_episode_steps
         return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
+
+    def start(self, mask):
+        self.state[mask] = 0
+
+    def observe(self):
+        return self.state.astype(np.float32)
 
 
 class TabularMDP(TaskVectorEnv):
@@ -220,9 +224,8 @@ class Agent(nn.Module):
         self.policy = make_network(inputs, args.hidden_size, self.action_dim, last_gain=0.01)
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
         self.log_temperature = nn.Parameter(torch.tensor(args.temperature).log())
-        # Meta action selection: optimism and log-noise of exploration, each linear in `Agent.selection`'s three inputs.
+        # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.3, 0.0]) * args.meta_action_selection)
-        self.boldness = nn.Parameter(torch.zeros(3))
         self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
@@ -232,7 +235,7 @@ class Agent(nn.Module):
         meta_value = [*self.features.parameters(), self.prior_mean, self.log_precision, self.log_noise]
         meta_policy = [*self.policy.parameters(), self.log_std, self.log_temperature]
         learned = args.meta_value, args.meta_policy, args.meta_action_selection
-        for is_learned, part in zip(learned, (meta_value, meta_policy, [self.optimism, self.boldness]), strict=True):
+        for is_learned, part in zip(learned, (meta_value, meta_policy, [self.optimism]), strict=True):
             for parameter in part:
                 parameter.requires_grad_(is_learned)
 
@@ -283,25 +286,22 @@ class Agent(nn.Module):
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([self.encode(obs), known, unknown, q, sigma, time], dim=-1)
 
-    def actor(self, inputs, q, covariance, explore=True):
+    def actor(self, inputs, q, covariance):
         """The actor of a task in closed form. `inputs` (..., I) from `make_input`, q (..., K) and its covariance (..., K, K).
 
         With logits l, exp((Q + beta sigma) / temperature) adds (Q + beta sigma) / temperature to them; a Gaussian of variance
         std^2, where Q + beta sigma is taken to be linear in a, is moved by std^2 / temperature times its gradient."""
-        start, std = self.policy(inputs), self.log_std.clamp(-5, 2).exp()
-        time_left, episodes_left, episode_left = inputs[..., -3:].unbind(-1)
-        time = torch.stack([torch.ones_like(episodes_left), -episodes_left.log(), episode_left], dim=-1)  # (..., 3)
-        beta, boldness = (time @ self.optimism)[..., None], (time @ self.boldness)[..., None]
-        temperature = (self.log_temperature + boldness).exp() if explore else self.log_temperature.exp()
+        start, std, temperature = self.policy(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
+        _, inverse_episodes, episode_left = inputs[..., -3:].unbind(-1)
+        time = torch.stack([torch.ones_like(episode_left), -inverse_episodes.log(), episode_left], dim=-1)
+        beta = (time @ self.optimism)[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-            value = q + beta * sigma if explore else q
-            return Categorical(logits=start + value / temperature, validate_args=False)
-        gradient = q[..., 1:]
-        if explore:
-            x = self.action_features(start)
-            slope = (covariance @ x[..., None]).squeeze(-1)  # half of the gradient of x' covariance x
-            gradient = gradient + beta * slope[..., 1:] / (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
+            return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False)
+        x = self.action_features(start)
+        slope = (covariance @ x[..., None]).squeeze(-1)  # half the gradient of sigma^2 = x' covariance x
+        sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
+        gradient = q[..., 1:] + beta * slope[..., 1:] / sigma
         policy = Normal(start + std**2 * gradient / temperature, std.expand_as(start), validate_args=False)
         return Independent(policy, 1, validate_args=False)
 
@@ -379,7 +379,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
 
         masks = (episodes < num_episodes).to(obs)
         next_features, next_state = look(after, steps + 1)
-        next_x = agent.expected_action_features(agent.actor(*next_state, explore=False))
+        next_x = agent.expected_action_features(agent.actor(*next_state))
         next_x = agent.critic_gamma * (1 - terminal[:, None]) * next_x
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         posterior.update(d, masks * rewards / agent.reward_scale)
@@ -409,9 +409,8 @@ def differences(x, features, next_x, next_features, masks):
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) over whole trials; all (L, M).
-
-    It runs across the ends of episodes. After the trial comes nothing: the value there is zero, not bootstrapped."""
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across the ends of episodes. After the
+    trial comes nothing: the value there is zero, not bootstrapped."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -469,12 +468,11 @@ def episode_returns(batch, num_episodes):
 
 
 def evaluate(agent, envs, tasks, args):
-    """Plays one trial of each task by the most probable actions, always with the same noise. Returns by name the returns
-    (tasks) of its episodes, from 1, and of the whole `trial`."""
+    """Returns (tasks) of the episodes, from 1, and of the whole `trial`, one of each task, always with the same noise."""
     rng, returns, num_episodes = seed_all(args.seed, 0, EVALUATION), [], args.eval_episodes
     for first in range(0, len(tasks), envs.num_envs):
         chunk = [tasks[i % len(tasks)] for i in range(first, first + envs.num_envs)]
-        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=False)
+        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
         returns.append(episode_returns(batch, num_episodes))
     returns = torch.cat(returns, dim=1)[:, : len(tasks)].cpu()
     return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
@@ -494,8 +492,7 @@ def fail(message, rank=0):
 
 
 def seed_all(*key):
-    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else that is random: so a resumed run
-    is the run that was never stopped."""
+    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else: no state to be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -513,12 +510,7 @@ def average(*tensors):
 
 
 class Border(gym.Wrapper):
-    """A single environment as the vector environment gets it: a vector observed, a number as reward, and no infos, which
-    nobody reads. What is no number becomes NaN, which `step_envs` reports."""
-
-    def __init__(self, env):
-        is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
-        super().__init__(env if is_vector else gym.wrappers.FlattenObservation(env))
+    """Of a single environment: no infos, which nobody reads, and rewards that are a number, NaN where they hold none."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -534,19 +526,18 @@ class Border(gym.Wrapper):
 
 def family_attribute(envs, name, default=None):
     """An attribute of the task family, wherever among its wrappers it is."""
-    env = getattr(envs.unwrapped, "envs", [envs.unwrapped])[0]
-    if isinstance(env, gym.Env):
-        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
-    return getattr(env, name, default)
+    env = envs.unwrapped
+    if not isinstance(env, gym.vector.SyncVectorEnv):
+        return getattr(env, name, default)
+    return env.envs[0].get_wrapper_attr(name) if env.envs[0].has_wrapper_attr(name) else default
 
 
 def make_envs(args, num_envs):
-    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync. What
-    is wrong with a family is said here."""
+    """The task family, natively vectorised or a single environment in gymnasium's Sync, and what may be wrong with it."""
     family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
     module, _, name = args.env_id.rpartition(":")
     if "/" in module or module.endswith(".py"):
-        fail(f"{family}: go to the folder of that file and give {Path(module.removesuffix('.py')).name}:{name}")
+        fail(f"{family}: go to the folder of that file and give {Path(module).name.removesuffix('.py')}:{name}")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
         module and importlib.import_module(module)
@@ -554,23 +545,23 @@ def make_envs(args, num_envs):
             kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
             kwargs |= {"wrappers": [Border], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **kwargs)
-        if len(envs.single_observation_space.shape or ()) != 1:
+        space = envs.single_observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
     except Exception as error:  # whatever the family's own code raises
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
-    wrappers = f"{envs} {getattr(envs.unwrapped, 'envs', [''])[0]}"
-    mode, space = envs.metadata.get("autoreset_mode"), envs.single_action_space
-    episodes = family_attribute(envs, "episodes_per_trial", 2)
-    for wrong, message in (
-        (not family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
-        (family_attribute(envs, "task", fail) is fail, "it has no attribute `task`, where a task family gets its task"),
-        (not isinstance(episodes, int | np.integer) or episodes < 1, f"episodes_per_trial is {episodes!r}; give 1 or more"),
-        ("<Normalize" in wrappers, "leave out NormalizeObservation and -Reward, whose statistics no checkpoint holds"),
-        (mode != AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
-        (not isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
+    wrappers, mode = f"{envs} {getattr(envs.unwrapped, 'envs', '')}", envs.metadata.get("autoreset_mode")
+    episodes, space = family_attribute(envs, "episodes_per_trial", 2), envs.single_action_space
+    for right, message in (
+        (family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
+        (family_attribute(envs, "task", fail) is not fail, "it has no attribute `task`, where a task family gets its task"),
+        (isinstance(episodes, int | np.integer) and episodes > 0, f"episodes_per_trial is {episodes!r}; give 1 or more"),
+        ("<Normalize" not in wrappers, "leave out NormalizeObservation and -Reward: no checkpoint holds their statistics"),
+        (mode == AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
+        (isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
     ):
-        if wrong:
+        if not right:
             fail(f"{family}: {message}")
     return envs
 
@@ -578,29 +569,24 @@ def make_envs(args, num_envs):
 def sample_tasks(envs, num_tasks, rng):
     """A list of exactly `num_tasks` tasks of the family."""
     tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
-    is_sequence = isinstance(tasks, Sequence | np.ndarray) and not isinstance(tasks, str) and getattr(tasks, "ndim", 1)
-    if not is_sequence or len(tasks) != num_tasks:
-        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a sequence of {num_tasks} tasks")
+    if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
+        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
     return list(tasks)
 
 
 def set_tasks(envs, tasks):
     """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
-    tasks = [copy.deepcopy(task) for task in tasks]
-    if hasattr(envs.unwrapped, "set_attr"):
-        envs.unwrapped.set_attr("task", tasks)
-    else:
-        envs.unwrapped.task = tasks
+    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
+    set_attr("task", [copy.deepcopy(task) for task in tasks])
 
 
 def to_env(actions, space):
-    """The policy's actions (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
-    side without a bound, or one beyond a million, is taken to be two units from the other."""
+    """Actions of the policy (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
+    side without a bound, or with one beyond a million, is taken to be two units from the other."""
     if isinstance(space, gym.spaces.Discrete):
         return actions + space.start
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    low = np.where(low > -1e6, low, np.where(high < 1e6, high - 2, -1))
-    high = np.where(high < 1e6, high, low + 2)
+    low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
+    high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
     actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
@@ -613,50 +599,42 @@ def step_envs(envs, actions, tasks, step):
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
     if wrong.any() or step > 20_000:
         what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank=RANK)
+        rank = RANK if dist.is_initialized() else 0  # before, all processes see the same
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank)
     return next_obs, rewards, terminated, truncated
 
 
-def parse_args(*bounds):
-    """The settings, and the checkpoint to resume or evaluate, if any: flags go before what is saved in it, that before
-    defaults. `bounds`: names of flags, their least and their greatest value."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if path := args.resume or args.evaluate:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
-            saved, own = checkpoint["args"], {f.name for f in fields(Args)} - MACHINE_FLAGS
-        except Exception as error:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: {getattr(error, 'strerror', None) or 'not a whole checkpoint'}; give the path of a checkpoint.pt")
-        if saved.keys() != own:  # of a copy of this file that was changed
-            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
-        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
-        args = tyro.cli(Args, description=__doc__, default=defaults)
-        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
-    for names, least, greatest in bounds:
-        for name in names.split():
-            if not least <= getattr(args, name) <= greatest:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no GPU; give cpu")
-    booleans = {"true": True, "false": False}
-    args.env_kwargs = {name: booleans.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
-    return args, checkpoint
-
-
-def report(split, results, rows, global_step, run_dir):
-    """Adds the results of an evaluation to the rows of eval.csv, writes it, and returns them for TensorBoard."""
-    stderr = {name: x.std().item() / len(x) ** 0.5 for name, x in results.items()}
-    rows += [[global_step, split, name, x.mean().item(), stderr[name], len(x)] for name, x in results.items()]
+def report(results, rows, global_step, run_dir):
+    """Adds results {split: {name: returns}} to the rows of eval.csv, writes it, and returns their means for TensorBoard."""
+    scalars = {}
+    for split, returns in results.items():
+        for name, x in returns.items():
+            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
+            scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
-    return {f"eval/{split}_return_after_{name}": x.mean() for name, x in results.items()}
+    return scalars
 
 
 if __name__ == "__main__":
     # SETTINGS
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
-    args, checkpoint = parse_args(
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if path := args.resume or args.evaluate:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+            saved, own = checkpoint["args"], asdict(args).keys() - MACHINE_FLAGS
+        except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
+            fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
+        if saved.keys() != own:  # of a copy of this file that was changed
+            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
+        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
+        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags go before what is saved, that before defaults
+        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
+    for name, value in args.env_kwargs.items():
+        args.env_kwargs[name] = {"true": True, "false": False}.get(str(value).lower(), value)
+    for names, least, greatest in (
         ("seed num_train_tasks num_tasks eval_episodes learning_rate ent_coef", 0, 2**53),
         ("total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
@@ -664,13 +642,15 @@ if __name__ == "__main__":
         ("critic_gamma", 0, 0.999),
         ("temperature", 1e-6, 1e6),
         ("torch_threads", 1, os.cpu_count()),
-    )
+    ):
+        for name in names.split():
+            if not least <= getattr(args, name) <= greatest:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU; give cpu")
 
     # SETUP
     torch.set_num_threads(args.torch_threads)
-    device = torch.device(args.device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
@@ -679,7 +659,7 @@ if __name__ == "__main__":
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
     num_episodes = family_attribute(envs, "episodes_per_trial", 2)
     args.eval_episodes = args.eval_episodes or num_episodes
@@ -694,19 +674,22 @@ if __name__ == "__main__":
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes, at least one task per minibatch")
     envs = make_envs(args, num_tasks)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     iteration, global_step, eval_rows = 0, 0, []
     if checkpoint:
         try:
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            fail(f"{args.resume or args.evaluate}: not of this agent: {' '.join(str(error).split()):.300}")
+            fail(f"{path}: not of this agent: {' '.join(str(error).split()):.300}")
         iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
         eval_rows = checkpoint["eval_rows"] if args.resume else []
     if args.resume and global_step >= args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
+    path = args.evaluate or str(run_dir / "checkpoint.pt")
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
@@ -731,7 +714,10 @@ if __name__ == "__main__":
             advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
             batch["returns"] = returns = advantages + values
             batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-            agent.follow_returns(returns[real], step=1.0 if iteration == 1 else 0.1)
+            step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
+            agent.return_mean += step * (returns[real].mean() - agent.return_mean)
+            agent.return_std += step * (returns[real].std().clamp(min=1e-3) - agent.return_std)
+            average(agent.return_mean, agent.return_std)
             rollout_time, start = time.time() - start, time.time()
 
             losses = defaultdict(list)
@@ -766,36 +752,35 @@ if __name__ == "__main__":
             if RANK > 0:
                 continue
             scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
-            scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-12)
-            scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
+            variance, residual = returns[real].var(), (returns - values)[real].var()
+            scalars["losses/explained_variance"] = 1 - residual / variance if variance > 1e-8 else 0.0
             scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
-            scalars["charts/SPS"] = steps / (rollout_time + update_time)
-            scalars["charts/learning_rate"] = remaining * args.learning_rate
-            scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+            scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
+            scalars |= {"charts/SPS": steps / (rollout_time + update_time), "time/rollout": rollout_time}
+            scalars |= {"charts/learning_rate": remaining * args.learning_rate, "time/update": update_time}
             if ends or iteration % args.eval_every == 0:
-                train_results = evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)
-                results = evaluate(agent, envs, heldout_tasks, args)
-                scalars |= report("train", train_results, eval_rows, global_step, run_dir)
-                scalars |= report("heldout", results, eval_rows, global_step, run_dir)
-                last = [*results][-1]
-                scalars["eval/generalization_gap"] = train_results[last].mean() - results[last].mean()
+                results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+                results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+                scalars |= report(results, eval_rows, global_step, run_dir)
+                last = [*results["heldout"]][-1]
+                scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
             for tag, value in scalars.items():
                 writer.add_scalar(tag, float(value), global_step)
             writer.flush()
             saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
             checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-            torch.save(checkpoint, run_dir / "checkpoint.tmp")
-            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # whole or not at all
-        if args.evaluate:
-            results = evaluate(agent, envs, heldout_tasks, args)
-            report("heldout", results, eval_rows, global_step, run_dir)
+            torch.save(checkpoint, path + ".tmp")
+            os.replace(path + ".tmp", path)  # whole or not at all
+        if args.evaluate and RANK == 0:
+            results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
+            report(results, eval_rows, global_step, run_dir)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         progress.close()
-        if not ends and (run_dir / "checkpoint.pt").exists():
-            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir / 'checkpoint.pt')])}", file=sys.stderr)
+        if RANK == 0 and not ends and os.path.exists(path):
+            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
     writer.close()
@@ -804,11 +789,11 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
     print(f"\nreturn on {args.eval_tasks} held-out tasks")
-    for _, _, name, mean, stderr, _ in eval_rows[-len(results) :]:
+    for _, _, name, mean, stderr, _ in eval_rows[-len(results["heldout"]) :]:
         print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
-    numbered = [x for name, x in results.items() if name != "trial"]
-    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    gains = numbered[-1] - numbered[0]
+    gain, stderr = gains.mean(), gains.std() / len(gains) ** 0.5
     verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
     print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
-    path = args.evaluate or str(run_dir / "checkpoint.pt")
     print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")

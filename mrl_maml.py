@@ -39,8 +39,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,7 +72,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 8_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -117,10 +116,8 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """What the native task families share: sub-environments side by side, each restarted only when it is told to.
-
-    A family draws tasks (`sample_tasks`), takes up those in `task` when all sub-environments are reset (`use_tasks`), starts
-    episodes (`start`), acts (`act`) and observes (`observe`), for all sub-environments at once."""
+    """Sub-environments side by side. A family draws tasks (`sample_tasks`) and, given `tasks` (M, ...), moves `state` (M, ...)
+    and returns rewards (`act`); `start` and `observe` are there to be overridden."""
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
@@ -129,14 +126,15 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        self.task, self.steps = self.sample_tasks(num_envs, np.random.default_rng(0)), np.zeros(num_envs, dtype=np.int64)
+        self.task = self.sample_tasks(num_envs, np.random.default_rng(0))
+        self.steps, self.state = np.zeros(num_envs, dtype=np.int64), np.zeros(self.observation_space.shape)
 
     def reset(self, *, seed=None, options=None):
-        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed` is of the noise of all of them."""
+        """Starts all sub-environments in the tasks of `task`, or those of `options["reset_mask"]` in their old one."""
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if mask.all():
-            self.use_tasks(self.task)
+            self.tasks = np.array(self.task)
         self.steps[mask] = 0
         self.start(mask)
         return self.observe(), {}
@@ -147,6 +145,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         truncated = self.steps >= self.max_episode_steps
         return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
 
+    def start(self, mask):
+        self.state[mask] = 0
+
+    def observe(self):
+        return self.state.astype(np.float32)
+
 
 class PointNav(TaskVectorEnv):
     """A point that starts at (0, 0) and a hidden goal ~ U[-0.5, 0.5]^2; the action, clipped to ±0.1 per axis, is added to the
@@ -154,25 +158,15 @@ class PointNav(TaskVectorEnv):
     5.3.1, whose episodes end within 0.01 of the goal)."""
 
     def __init__(self, num_envs=1, max_episode_steps=100):
-        self.position = np.zeros((num_envs, 2))
         spaces = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Box(-0.1, 0.1, (2,))
         super().__init__(num_envs, max_episode_steps, *spaces)
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.uniform(-0.5, 0.5, (num_tasks, 2)))
 
-    def use_tasks(self, tasks):
-        self.goal = np.array(tasks)
-
-    def start(self, mask):
-        self.position[mask] = 0
-
     def act(self, actions):
-        self.position = self.position + np.clip(actions, -0.1, 0.1)
-        return -np.linalg.norm(self.position - self.goal, axis=-1)
-
-    def observe(self):
-        return self.position.astype(np.float32)
+        self.state = self.state + np.clip(actions, -0.1, 0.1)
+        return -np.linalg.norm(self.state - self.tasks, axis=-1)
 
 
 class SparsePointNav(PointNav):
@@ -200,18 +194,16 @@ class HalfCheetahDir(TaskVectorEnv):
         self.simulate = importlib.import_module("mujoco.rollout").rollout  # mujoco is imported for these families alone
         self.robot = gym.make(self.body).unwrapped
         self.model = self.robot.model
-        threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # set by torchrun
+        threads = max(1, os.cpu_count() // WORLD_SIZE)
         self.data = [type(self.robot.data)(self.model) for _ in range(threads)]
-        self.state = np.zeros((num_envs, 1 + self.model.nq + self.model.nv))  # time, positions, velocities
         self.num_hidden = 1 + self.robot.observation_structure["skipped_qpos"]  # time and place are not observed
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state.shape[1] - self.num_hidden,))
+        size = 1 + self.model.nq + self.model.nv  # of the state: time, positions, velocities
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (size - self.num_hidden,))
         super().__init__(num_envs, max_episode_steps, observation_space, self.robot.action_space)
+        self.state = np.zeros((num_envs, size))
 
     def sample_tasks(self, num_tasks, rng):
         return list(rng.choice([-1.0, 1.0], num_tasks))
-
-    def use_tasks(self, tasks):
-        self.goal = np.array(tasks)
 
     def start(self, mask):
         self.robot.np_random = self.np_random
@@ -226,7 +218,7 @@ class HalfCheetahDir(TaskVectorEnv):
         return self.reward(x_velocity) - self.control_cost * np.square(actions).sum(axis=-1)
 
     def reward(self, x_velocity):
-        return self.goal * x_velocity
+        return self.tasks * x_velocity
 
     def observe(self):
         return self.state[:, self.num_hidden :].astype(np.float32)
@@ -239,7 +231,7 @@ class HalfCheetahVel(HalfCheetahDir):
         return list(rng.uniform(0, 2, num_tasks))
 
     def reward(self, x_velocity):
-        return -np.abs(x_velocity - self.goal)
+        return -np.abs(x_velocity - self.tasks)
 
 
 class AntDir(HalfCheetahDir):
@@ -296,8 +288,9 @@ class Agent(nn.Module):
         return [{"params": others, "factor": 1}, {"params": logs, "factor": 10}]
 
     def set_units(self, obs):
-        """Takes the units of observations (S, D) from the first episodes, for good: they must not drift."""
-        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
+        """Takes the units of observations (S, D), for good: what the network reads must not drift. Small ones stay as they
+        are: a learner that explores little at first would find itself far outside of its units later."""
+        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=1.0)
 
     def encode(self, obs):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
@@ -501,8 +494,7 @@ def fail(message, rank=0):
 
 
 def seed_all(*key):
-    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else that is random: so a resumed run
-    is the run that was never stopped."""
+    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else: no state to be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -520,12 +512,7 @@ def average(*tensors):
 
 
 class Border(gym.Wrapper):
-    """A single environment as the vector environment gets it: a vector observed, a number as reward, and no infos, which
-    nobody reads. What is no number becomes NaN, which `step_envs` reports."""
-
-    def __init__(self, env):
-        is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
-        super().__init__(env if is_vector else gym.wrappers.FlattenObservation(env))
+    """Of a single environment: no infos, which nobody reads, and rewards that are a number, NaN where they hold none."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -541,19 +528,18 @@ class Border(gym.Wrapper):
 
 def family_attribute(envs, name, default=None):
     """An attribute of the task family, wherever among its wrappers it is."""
-    env = getattr(envs.unwrapped, "envs", [envs.unwrapped])[0]
-    if isinstance(env, gym.Env):
-        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
-    return getattr(env, name, default)
+    env = envs.unwrapped
+    if not isinstance(env, gym.vector.SyncVectorEnv):
+        return getattr(env, name, default)
+    return env.envs[0].get_wrapper_attr(name) if env.envs[0].has_wrapper_attr(name) else default
 
 
 def make_envs(args, num_envs):
-    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync. What
-    is wrong with a family is said here."""
+    """The task family, natively vectorised or a single environment in gymnasium's Sync, and what may be wrong with it."""
     family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
     module, _, name = args.env_id.rpartition(":")
     if "/" in module or module.endswith(".py"):
-        fail(f"{family}: go to the folder of that file and give {Path(module.removesuffix('.py')).name}:{name}")
+        fail(f"{family}: go to the folder of that file and give {Path(module).name.removesuffix('.py')}:{name}")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
         module and importlib.import_module(module)
@@ -561,23 +547,23 @@ def make_envs(args, num_envs):
             kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
             kwargs |= {"wrappers": [Border], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **kwargs)
-        if len(envs.single_observation_space.shape or ()) != 1:
+        space = envs.single_observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
     except Exception as error:  # whatever the family's own code raises
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
-    wrappers = f"{envs} {getattr(envs.unwrapped, 'envs', [''])[0]}"
-    mode, space = envs.metadata.get("autoreset_mode"), envs.single_action_space
-    episodes = family_attribute(envs, "episodes_per_trial", 2)
-    for wrong, message in (
-        (not family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
-        (family_attribute(envs, "task", fail) is fail, "it has no attribute `task`, where a task family gets its task"),
-        (not isinstance(episodes, int | np.integer) or episodes < 1, f"episodes_per_trial is {episodes!r}; give 1 or more"),
-        ("<Normalize" in wrappers, "leave out NormalizeObservation and -Reward, whose statistics no checkpoint holds"),
-        (mode != AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
-        (not isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
+    wrappers, mode = f"{envs} {getattr(envs.unwrapped, 'envs', '')}", envs.metadata.get("autoreset_mode")
+    episodes, space = family_attribute(envs, "episodes_per_trial", 2), envs.single_action_space
+    for right, message in (
+        (family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
+        (family_attribute(envs, "task", fail) is not fail, "it has no attribute `task`, where a task family gets its task"),
+        (isinstance(episodes, int | np.integer) and episodes > 0, f"episodes_per_trial is {episodes!r}; give 1 or more"),
+        ("<Normalize" not in wrappers, "leave out NormalizeObservation and -Reward: no checkpoint holds their statistics"),
+        (mode == AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
+        (isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
     ):
-        if wrong:
+        if not right:
             fail(f"{family}: {message}")
     return envs
 
@@ -585,29 +571,24 @@ def make_envs(args, num_envs):
 def sample_tasks(envs, num_tasks, rng):
     """A list of exactly `num_tasks` tasks of the family."""
     tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
-    is_sequence = isinstance(tasks, Sequence | np.ndarray) and not isinstance(tasks, str) and getattr(tasks, "ndim", 1)
-    if not is_sequence or len(tasks) != num_tasks:
-        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a sequence of {num_tasks} tasks")
+    if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
+        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
     return list(tasks)
 
 
 def set_tasks(envs, tasks):
     """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
-    tasks = [copy.deepcopy(task) for task in tasks]
-    if hasattr(envs.unwrapped, "set_attr"):
-        envs.unwrapped.set_attr("task", tasks)
-    else:
-        envs.unwrapped.task = tasks
+    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
+    set_attr("task", [copy.deepcopy(task) for task in tasks])
 
 
 def to_env(actions, space):
-    """The policy's actions (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
-    side without a bound, or one beyond a million, is taken to be two units from the other."""
+    """Actions of the policy (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
+    side without a bound, or with one beyond a million, is taken to be two units from the other."""
     if isinstance(space, gym.spaces.Discrete):
         return actions + space.start
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    low = np.where(low > -1e6, low, np.where(high < 1e6, high - 2, -1))
-    high = np.where(high < 1e6, high, low + 2)
+    low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
+    high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
     actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
@@ -620,63 +601,57 @@ def step_envs(envs, actions, tasks, step):
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
     if wrong.any() or step > 20_000:
         what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank=RANK)
+        rank = RANK if dist.is_initialized() else 0  # before, all processes see the same
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank)
     return next_obs, rewards, terminated, truncated
 
 
-def parse_args(*bounds):
-    """The settings, and the checkpoint to resume or evaluate, if any: flags go before what is saved in it, that before
-    defaults. `bounds`: names of flags, their least and their greatest value."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if path := args.resume or args.evaluate:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
-            saved, own = checkpoint["args"], {f.name for f in fields(Args)} - MACHINE_FLAGS
-        except Exception as error:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: {getattr(error, 'strerror', None) or 'not a whole checkpoint'}; give the path of a checkpoint.pt")
-        if saved.keys() != own:  # of a copy of this file that was changed
-            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
-        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
-        args = tyro.cli(Args, description=__doc__, default=defaults)
-        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
-    for names, least, greatest in bounds:
-        for name in names.split():
-            if not least <= getattr(args, name) <= greatest:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no GPU; give cpu")
-    booleans = {"true": True, "false": False}
-    args.env_kwargs = {name: booleans.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
-    return args, checkpoint
-
-
-def report(split, results, rows, global_step, run_dir):
-    """Adds the results of an evaluation to the rows of eval.csv, writes it, and returns them for TensorBoard."""
-    stderr = {name: x.std().item() / len(x) ** 0.5 for name, x in results.items()}
-    rows += [[global_step, split, name, x.mean().item(), stderr[name], len(x)] for name, x in results.items()]
+def report(results, rows, global_step, run_dir):
+    """Adds results {split: {name: returns}} to the rows of eval.csv, writes it, and returns their means for TensorBoard."""
+    scalars = {}
+    for split, returns in results.items():
+        for name, x in returns.items():
+            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
+            scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
-    return {f"eval/{split}_return_after_{name}": x.mean() for name, x in results.items()}
+    return scalars
 
 
 if __name__ == "__main__":
     # SETTINGS
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
-    args, checkpoint = parse_args(
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if path := args.resume or args.evaluate:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+            saved, own = checkpoint["args"], asdict(args).keys() - MACHINE_FLAGS
+        except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
+            fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
+        if saved.keys() != own:  # of a copy of this file that was changed
+            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
+        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
+        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags go before what is saved, that before defaults
+        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
+    for name, value in args.env_kwargs.items():
+        args.env_kwargs[name] = {"true": True, "false": False}.get(str(value).lower(), value)
+    for names, least, greatest in (
         ("seed num_train_tasks num_tasks num_episodes eval_adapt_steps learning_rate", 0, 2**53),
         ("total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
-        ("eval_tasks", 2, 2**53),
         ("inner_lr", 1e-9, 2**53),
+        ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
         ("torch_threads", 1, os.cpu_count()),
-    )
+    ):
+        for name in names.split():
+            if not least <= getattr(args, name) <= greatest:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU; give cpu")
 
     # SETUP
     torch.set_num_threads(args.torch_threads)
-    device = torch.device(args.device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
@@ -685,7 +660,7 @@ if __name__ == "__main__":
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameter_groups(), eps=1e-5)
     args.num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 10))
     [batch] = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)  # by the untrained agent
@@ -693,26 +668,28 @@ if __name__ == "__main__":
     agent.set_units(batch["obs"][real])
     if args.num_tasks == 0:
         limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
-        episode_steps = limit or real.sum().item() / 32
-        num_tasks = 40_000 / ((args.adapt_steps + 1) * args.num_episodes * episode_steps)
-        args.num_tasks = int(np.clip(num_tasks, 8, 256)) // WORLD_SIZE * WORLD_SIZE
+        task_steps = (args.adapt_steps + 1) * args.num_episodes * (limit or real.sum().item() / 32)
+        args.num_tasks = int(np.clip(40_000 / task_steps, 8, 256)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks == 0:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes")
     envs = make_envs(args, num_tasks * args.num_episodes)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     iteration, global_step, eval_rows = 0, 0, []
     if checkpoint:
         try:
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            fail(f"{args.resume or args.evaluate}: not of this agent: {' '.join(str(error).split()):.300}")
+            fail(f"{path}: not of this agent: {' '.join(str(error).split()):.300}")
         iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
         eval_rows = checkpoint["eval_rows"] if args.resume else []
     if args.resume and global_step >= args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
+    path = args.evaluate or str(run_dir / "checkpoint.pt")
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
@@ -766,33 +743,31 @@ if __name__ == "__main__":
             scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
             scalars["losses/explained_variance"] = batches[-1]["explained_variance"].mean()
             scalars |= {"charts/pre_adaptation_return": by_step[0], "charts/post_adaptation_return": by_step[-1]}
-            scalars["charts/SPS"] = steps / (rollout_time + update_time)
-            scalars["charts/learning_rate"] = remaining * args.learning_rate
-            scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+            scalars |= {"charts/SPS": steps / (rollout_time + update_time), "time/rollout": rollout_time}
+            scalars |= {"charts/learning_rate": remaining * args.learning_rate, "time/update": update_time}
             if ends or iteration % args.eval_every == 0:
-                train_results = evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)
-                results = evaluate(agent, envs, heldout_tasks, args)
-                scalars |= report("train", train_results, eval_rows, global_step, run_dir)
-                scalars |= report("heldout", results, eval_rows, global_step, run_dir)
-                last = [*results][-1]
-                scalars["eval/generalization_gap"] = train_results[last].mean() - results[last].mean()
+                results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+                results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+                scalars |= report(results, eval_rows, global_step, run_dir)
+                last = [*results["heldout"]][-1]
+                scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
             for tag, value in scalars.items():
                 writer.add_scalar(tag, float(value), global_step)
             writer.flush()
             saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
             checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-            torch.save(checkpoint, run_dir / "checkpoint.tmp")
-            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # whole or not at all
-        if args.evaluate:
-            results = evaluate(agent, envs, heldout_tasks, args)
-            report("heldout", results, eval_rows, global_step, run_dir)
+            torch.save(checkpoint, path + ".tmp")
+            os.replace(path + ".tmp", path)  # whole or not at all
+        if args.evaluate and RANK == 0:
+            results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
+            report(results, eval_rows, global_step, run_dir)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         progress.close()
-        if not ends and (run_dir / "checkpoint.pt").exists():
-            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir / 'checkpoint.pt')])}", file=sys.stderr)
+        if RANK == 0 and not ends and os.path.exists(path):
+            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
     writer.close()
@@ -801,11 +776,11 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
     print(f"\nreturn on {args.eval_tasks} held-out tasks")
-    for _, _, name, mean, stderr, _ in eval_rows[-len(results) :]:
+    for _, _, name, mean, stderr, _ in eval_rows[-len(results["heldout"]) :]:
         print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
-    numbered = [x for name, x in results.items() if name != "trial"]
-    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    gains = numbered[-1] - numbered[0]
+    gain, stderr = gains.mean(), gains.std() / len(gains) ** 0.5
     verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
     print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
-    path = args.evaluate or str(run_dir / "checkpoint.pt")
     print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")

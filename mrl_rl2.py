@@ -6,19 +6,16 @@
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
 A trial is E episodes of one task. In the inner loop a GRU reads what happens: each observation, and the step that led there
-(observation, action, reward, end of an episode). Its hidden state goes on from episode to episode, so what it has seen of the
-task is in there, and acting on it is the adaptation: no gradient step is taken in a task. In the outer loop, PPO maximises
-the return of whole trials over many tasks:
+(observation, action, reward, end of an episode). Its hidden state goes on from episode to episode, and acting on it is the
+adaptation: no gradient step is taken in a task. In the outer loop, PPO maximises the return of whole trials over many tasks:
 
     J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
 
-So advantages and hidden state run across the ends of episodes and are cut only at the end of the trial.
-The algorithm is in # AGENT, # ALGORITHM and # TRAINING.
+So advantages and hidden state run across the ends of episodes. The algorithm is in # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
     python mrl_rl2.py --evaluate runs/<run>/checkpoint.pt              # held-out tasks
-    tensorboard --logdir runs
 
 Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size,
 I = 2 D + A + 2 input size, H hidden size, S real steps of all trials.
@@ -35,8 +32,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,7 +64,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 3_000_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -84,7 +80,7 @@ class Args:
     """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
 
     # Algorithm specific arguments
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """learning rate of Adam at the start; it falls linearly to zero over the training"""
     num_tasks: int = 0
     """tasks in a meta-batch, M, one trial each (0: as many as make some 16,000 environment steps)"""
@@ -92,7 +88,7 @@ class Args:
     """size of the GRU's hidden state, H"""
     init_as_memory: bool = True
     """start the GRU as a memory of rewards: see `init_as_memory`"""
-    gamma: float = 0.98
+    gamma: float = 0.97
     """discount factor, over the whole trial"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation, over the whole trial"""
@@ -106,10 +102,8 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """What the native task families share: sub-environments side by side, each restarted only when it is told to.
-
-    A family draws tasks (`sample_tasks`), takes up those in `task` when all sub-environments are reset (`use_tasks`), starts
-    episodes (`start`), acts (`act`) and observes (`observe`), for all sub-environments at once."""
+    """Sub-environments side by side. A family draws tasks (`sample_tasks`) and, given `tasks` (M, ...), moves `state` (M, ...)
+    and returns rewards (`act`); `start` and `observe` are there to be overridden."""
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
@@ -118,14 +112,15 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        self.task, self.steps = self.sample_tasks(num_envs, np.random.default_rng(0)), np.zeros(num_envs, dtype=np.int64)
+        self.task = self.sample_tasks(num_envs, np.random.default_rng(0))
+        self.steps, self.state = np.zeros(num_envs, dtype=np.int64), np.zeros(self.observation_space.shape)
 
     def reset(self, *, seed=None, options=None):
-        """Restarts the sub-environments of `options["reset_mask"]`, or all; `seed` is of the noise of all of them."""
+        """Starts all sub-environments in the tasks of `task`, or those of `options["reset_mask"]` in their old one."""
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if mask.all():
-            self.use_tasks(self.task)
+            self.tasks = np.array(self.task)
         self.steps[mask] = 0
         self.start(mask)
         return self.observe(), {}
@@ -135,6 +130,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.steps += 1
         truncated = self.steps >= self.max_episode_steps
         return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
+
+    def start(self, mask):
+        self.state[mask] = 0
+
+    def observe(self):
+        return self.state.astype(np.float32)
 
 
 class Bandit(TaskVectorEnv):
@@ -147,17 +148,9 @@ class Bandit(TaskVectorEnv):
     def sample_tasks(self, num_tasks, rng):
         return list(rng.random((num_tasks, self.k)))
 
-    def use_tasks(self, tasks):
-        self.p = np.array(tasks)
-
-    def start(self, mask):
-        pass
-
     def act(self, actions):
-        return (self.np_random.random(self.num_envs) < self.p[np.arange(self.num_envs), actions]).astype(np.float64)
-
-    def observe(self):
-        return np.zeros((self.num_envs, 1), dtype=np.float32)
+        p = self.tasks[np.arange(self.num_envs), actions]
+        return (self.np_random.random(self.num_envs) < p).astype(np.float64)
 
 
 class GridNavi(TaskVectorEnv):
@@ -169,24 +162,14 @@ class GridNavi(TaskVectorEnv):
     episodes_per_trial = 4
 
     def __init__(self, num_envs=1, max_episode_steps=15):
-        self.position = np.zeros((num_envs, 2), dtype=np.int64)
         super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5))
 
     def sample_tasks(self, num_tasks, rng):
         return list(self.goals[rng.integers(len(self.goals), size=num_tasks)])
 
-    def use_tasks(self, tasks):
-        self.goal = np.array(tasks)
-
-    def start(self, mask):
-        self.position[mask] = 0
-
     def act(self, actions):
-        self.position = (self.position + self.moves[actions]).clip(0, 4)
-        return np.where((self.position == self.goal).all(axis=-1), 1.0, -0.1)
-
-    def observe(self):
-        return self.position.astype(np.float32)
+        self.state = (self.state + self.moves[actions]).clip(0, 4)
+        return np.where((self.state == self.tasks).all(axis=-1), 1.0, -0.1)
 
 
 for family in (Bandit, GridNavi):
@@ -210,7 +193,7 @@ class Agent(nn.Module):
         self.hypernetwork = nn.Linear(args.hidden_size, (self.action_dim + 1) * code_dim)
         nn.init.orthogonal_(self.heads.weight, 0.01)
         nn.init.orthogonal_(self.hypernetwork.weight, 0.01)
-        self.log_std = nn.Parameter(torch.zeros(0 if self.discrete else self.action_dim))
+        self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.register_buffer("reward_scale", torch.ones(()))
@@ -237,58 +220,41 @@ class Agent(nn.Module):
         if rewards.any():
             self.reward_scale = (rewards[rewards != 0] ** 2).mean().sqrt()
 
-    def follow_returns(self, returns, step):
-        """Follows mean and deviation of the returns (S), in whose units the critic answers, so that its loss is O(1)."""
-        self.return_mean += step * (returns.mean() - self.return_mean)
-        self.return_std += step * (returns.std().clamp(min=1e-3) - self.return_std)
-        average(self.return_mean, self.return_std)
-
     def make_input(self, obs, last=None):
-        """What the GRU reads (M, I): the observations (M, D) and the step before them, nothing at the start of a trial.
-
-        `last`: observations (M, D), actions (M, ...), rewards (M) and ends of an episode (M) of that step. The last reward of
-        an episode is read together with the first observation of the next one."""
+        """What the GRU reads (M, I): the observations (M, D) and the step before, nothing at the start of a trial. `last`:
+        observations (M, D), actions (M, ...), rewards (M) and ends of an episode (M) of that step; so the last reward of an
+        episode is read together with the first observation of the next one."""
         if last is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
         last_obs, actions, rewards, dones = last
         actions = nn.functional.one_hot(actions, self.action_dim) if self.discrete else actions
         return torch.cat([obs, last_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
 
-    def encode(self, obs):
-        obs = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
-        return self.encoder(obs.flatten(0, -2)).unflatten(0, obs.shape[:-1])
-
-    def remember(self, inputs, real, segment=16):
-        """The GRU's states at the real steps (S, H) of whole trials (L, M, I), longest first. Trials that are over drop out
-        every `segment` steps, so that the time follows the real steps."""
-        memory, hidden = [], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size)
-        for start in range(0, len(inputs), segment):
-            steps, running = slice(start, start + segment), real[start].sum()
-            states, hidden = self.gru(inputs[steps, :running], hidden[:, :running])
-            memory.append(states[real[steps, :running]])
-        return torch.cat(memory)
-
-    def forward(self, inputs, hidden=None, real=None):
-        """Runs inputs (L, M, I) from the hidden state (1, M, H), None at the start of a trial; L may be 1.
-
-        Returns the policy and the values (L, M) at each step, and the hidden state after the last one. Given which steps are
-        `real` (L, M) of whole trials, longest first, it returns those of the real steps only (S)."""
-        obs, last_obs, last_step = inputs.split([self.obs_dim, self.obs_dim, self.action_dim + 2], dim=-1)
-        obs, last_obs = self.encode(obs), self.encode(last_obs)
-        inputs = torch.cat([obs, last_obs, last_step], dim=-1)
+    def forward(self, inputs, hidden=None, real=None, segment=16):
+        """Policy and values (L, M) at each step of inputs (L, M, I), and the hidden state (1, M, H) after the last; `hidden`
+        is the one before the first. Given the `real` steps (L, M) of whole trials, longest first, all is of theirs only (S):
+        trials drop out when they end, so that the time follows the real steps."""
+        obs, last_step = inputs.split([2 * self.obs_dim, self.action_dim + 2], dim=-1)
+        obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
+        codes = self.encoder(obs.clamp(-10, 10).flatten(0, 2)).unflatten(0, obs.shape[:3])
+        inputs, codes = torch.cat([codes.flatten(2), last_step], dim=-1), codes[:, :, 0]
         if real is None:
             memory, hidden = self.gru(inputs, hidden)  # (L, M, H)
         else:
-            memory, obs = self.remember(inputs, real), obs[real]  # (S, H), (S, D)
-        features = self.trunk(torch.cat([memory, obs], dim=-1))
+            memory, codes, hidden = [], codes[real], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size)
+            for start in range(0, len(inputs), segment):
+                steps, running = slice(start, start + segment), real[start].sum()
+                states, hidden = self.gru(inputs[steps, :running], hidden[:, :running])
+                memory.append(states[real[steps, :running]])
+            memory = torch.cat(memory)  # (S, H)
         weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, -1))
-        params = self.heads(features) + (weights @ obs[..., None]).squeeze(-1)
-        values = self.return_mean + self.return_std * params[..., -1]
+        features = self.trunk(torch.cat([memory, codes], dim=-1))
+        params = self.heads(features) + (weights @ codes[..., None]).squeeze(-1)
+        params, values = params[..., :-1], self.return_mean + self.return_std * params[..., -1]
         if self.discrete:
-            return Categorical(logits=params[..., :-1], validate_args=False), values, hidden
+            return Categorical(logits=params, validate_args=False), values, hidden
         std = self.log_std.clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
-        policy = Normal(params[..., :-1], std.expand_as(params[..., :-1]), validate_args=False)
-        return Independent(policy, 1, validate_args=False), values, hidden
+        return Independent(Normal(params, std.expand_as(params), validate_args=False), 1, validate_args=False), values, hidden
 
 
 # ALGORITHM
@@ -296,8 +262,8 @@ class Agent(nn.Module):
 def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; without `explore`, by the most probable actions.
 
-    Whoever has finished its trial early goes on, masked, until all have. Returns a dict of tensors: inputs (L, M, I), actions
-    (L, M, ...), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    Whoever has finished its trial goes on, masked, until all have. Returns a dict: inputs (L, M, I), actions (L, M, ...), and
+    (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     batch, last, hidden, device = defaultdict(list), None, None, agent.obs_mean.device
     set_tasks(envs, tasks)
     next_obs, _ = envs.reset(seed=seed)
@@ -324,9 +290,8 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) over whole trials; all (L, M).
-
-    It runs across the ends of episodes. After the trial comes nothing: the value there is zero, not bootstrapped."""
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across the ends of episodes. After the
+    trial comes nothing: the value there is zero, not bootstrapped."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -337,9 +302,8 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step on.
-
-    Returns means over the real steps by name; the value loss is in units of the return's deviation."""
+    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step on, and
+    the other losses by name: means over the real steps."""
     lengths = batch["masks"].sum(0)
     mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
@@ -368,12 +332,11 @@ def episode_returns(batch, num_episodes):
 
 
 def evaluate(agent, envs, tasks, args):
-    """Plays one trial of each task by the most probable actions, always with the same noise. Returns by name the returns
-    (tasks) of its episodes, from 1, and of the whole `trial`."""
+    """Returns (tasks) of the episodes, from 1, and of the whole `trial`, one of each task, always with the same noise."""
     rng, returns, num_episodes = seed_all(args.seed, 0, EVALUATION), [], family_attribute(envs, "episodes_per_trial", 2)
     for first in range(0, len(tasks), envs.num_envs):
         chunk = [tasks[i % len(tasks)] for i in range(first, first + envs.num_envs)]
-        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=False)
+        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
         returns.append(episode_returns(batch, num_episodes))
     returns = torch.cat(returns, dim=1)[:, : len(tasks)].cpu()
     return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
@@ -393,8 +356,7 @@ def fail(message, rank=0):
 
 
 def seed_all(*key):
-    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else that is random: so a resumed run
-    is the run that was never stopped."""
+    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else: no state to be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -412,12 +374,7 @@ def average(*tensors):
 
 
 class Border(gym.Wrapper):
-    """A single environment as the vector environment gets it: a vector observed, a number as reward, and no infos, which
-    nobody reads. What is no number becomes NaN, which `step_envs` reports."""
-
-    def __init__(self, env):
-        is_vector = isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1
-        super().__init__(env if is_vector else gym.wrappers.FlattenObservation(env))
+    """Of a single environment: no infos, which nobody reads, and rewards that are a number, NaN where they hold none."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -433,19 +390,18 @@ class Border(gym.Wrapper):
 
 def family_attribute(envs, name, default=None):
     """An attribute of the task family, wherever among its wrappers it is."""
-    env = getattr(envs.unwrapped, "envs", [envs.unwrapped])[0]
-    if isinstance(env, gym.Env):
-        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
-    return getattr(env, name, default)
+    env = envs.unwrapped
+    if not isinstance(env, gym.vector.SyncVectorEnv):
+        return getattr(env, name, default)
+    return env.envs[0].get_wrapper_attr(name) if env.envs[0].has_wrapper_attr(name) else default
 
 
 def make_envs(args, num_envs):
-    """The task family in `num_envs` sub-environments: natively vectorised, or a single environment in gymnasium's Sync. What
-    is wrong with a family is said here."""
+    """The task family, natively vectorised or a single environment in gymnasium's Sync, and what may be wrong with it."""
     family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
     module, _, name = args.env_id.rpartition(":")
     if "/" in module or module.endswith(".py"):
-        fail(f"{family}: go to the folder of that file and give {Path(module.removesuffix('.py')).name}:{name}")
+        fail(f"{family}: go to the folder of that file and give {Path(module).name.removesuffix('.py')}:{name}")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
         module and importlib.import_module(module)
@@ -453,23 +409,23 @@ def make_envs(args, num_envs):
             kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
             kwargs |= {"wrappers": [Border], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **kwargs)
-        if len(envs.single_observation_space.shape or ()) != 1:
+        space = envs.single_observation_space
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
     except Exception as error:  # whatever the family's own code raises
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
-    wrappers = f"{envs} {getattr(envs.unwrapped, 'envs', [''])[0]}"
-    mode, space = envs.metadata.get("autoreset_mode"), envs.single_action_space
-    episodes = family_attribute(envs, "episodes_per_trial", 2)
-    for wrong, message in (
-        (not family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
-        (family_attribute(envs, "task", fail) is fail, "it has no attribute `task`, where a task family gets its task"),
-        (not isinstance(episodes, int | np.integer) or episodes < 1, f"episodes_per_trial is {episodes!r}; give 1 or more"),
-        ("<Normalize" in wrappers, "leave out NormalizeObservation and -Reward, whose statistics no checkpoint holds"),
-        (mode != AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
-        (not isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
+    wrappers, mode = f"{envs} {getattr(envs.unwrapped, 'envs', '')}", envs.metadata.get("autoreset_mode")
+    episodes, space = family_attribute(envs, "episodes_per_trial", 2), envs.single_action_space
+    for right, message in (
+        (family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
+        (family_attribute(envs, "task", fail) is not fail, "it has no attribute `task`, where a task family gets its task"),
+        (isinstance(episodes, int | np.integer) and episodes > 0, f"episodes_per_trial is {episodes!r}; give 1 or more"),
+        ("<Normalize" not in wrappers, "leave out NormalizeObservation and -Reward: no checkpoint holds their statistics"),
+        (mode == AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
+        (isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
     ):
-        if wrong:
+        if not right:
             fail(f"{family}: {message}")
     return envs
 
@@ -477,29 +433,24 @@ def make_envs(args, num_envs):
 def sample_tasks(envs, num_tasks, rng):
     """A list of exactly `num_tasks` tasks of the family."""
     tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
-    is_sequence = isinstance(tasks, Sequence | np.ndarray) and not isinstance(tasks, str) and getattr(tasks, "ndim", 1)
-    if not is_sequence or len(tasks) != num_tasks:
-        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a sequence of {num_tasks} tasks")
+    if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
+        fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
     return list(tasks)
 
 
 def set_tasks(envs, tasks):
     """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
-    tasks = [copy.deepcopy(task) for task in tasks]
-    if hasattr(envs.unwrapped, "set_attr"):
-        envs.unwrapped.set_attr("task", tasks)
-    else:
-        envs.unwrapped.task = tasks
+    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
+    set_attr("task", [copy.deepcopy(task) for task in tasks])
 
 
 def to_env(actions, space):
-    """The policy's actions (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
-    side without a bound, or one beyond a million, is taken to be two units from the other."""
+    """Actions of the policy (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
+    side without a bound, or with one beyond a million, is taken to be two units from the other."""
     if isinstance(space, gym.spaces.Discrete):
         return actions + space.start
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    low = np.where(low > -1e6, low, np.where(high < 1e6, high - 2, -1))
-    high = np.where(high < 1e6, high, low + 2)
+    low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
+    high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
     actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
@@ -512,62 +463,56 @@ def step_envs(envs, actions, tasks, step):
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
     if wrong.any() or step > 20_000:
         what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank=RANK)
+        rank = RANK if dist.is_initialized() else 0  # before, all processes see the same
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank)
     return next_obs, rewards, terminated, truncated
 
 
-def parse_args(*bounds):
-    """The settings, and the checkpoint to resume or evaluate, if any: flags go before what is saved in it, that before
-    defaults. `bounds`: names of flags, their least and their greatest value."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if path := args.resume or args.evaluate:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
-            saved, own = checkpoint["args"], {f.name for f in fields(Args)} - MACHINE_FLAGS
-        except Exception as error:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: {getattr(error, 'strerror', None) or 'not a whole checkpoint'}; give the path of a checkpoint.pt")
-        if saved.keys() != own:  # of a copy of this file that was changed
-            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
-        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
-        args = tyro.cli(Args, description=__doc__, default=defaults)
-        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
-    for names, least, greatest in bounds:
-        for name in names.split():
-            if not least <= getattr(args, name) <= greatest:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no GPU; give cpu")
-    booleans = {"true": True, "false": False}
-    args.env_kwargs = {name: booleans.get(str(value).lower(), value) for name, value in args.env_kwargs.items()}
-    return args, checkpoint
-
-
-def report(split, results, rows, global_step, run_dir):
-    """Adds the results of an evaluation to the rows of eval.csv, writes it, and returns them for TensorBoard."""
-    stderr = {name: x.std().item() / len(x) ** 0.5 for name, x in results.items()}
-    rows += [[global_step, split, name, x.mean().item(), stderr[name], len(x)] for name, x in results.items()]
+def report(results, rows, global_step, run_dir):
+    """Adds results {split: {name: returns}} to the rows of eval.csv, writes it, and returns their means for TensorBoard."""
+    scalars = {}
+    for split, returns in results.items():
+        for name, x in returns.items():
+            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
+            scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
-    return {f"eval/{split}_return_after_{name}": x.mean() for name, x in results.items()}
+    return scalars
 
 
 if __name__ == "__main__":
     # SETTINGS
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
-    args, checkpoint = parse_args(
+    args, checkpoint = tyro.cli(Args, description=__doc__), None
+    if path := args.resume or args.evaluate:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+            saved, own = checkpoint["args"], asdict(args).keys() - MACHINE_FLAGS
+        except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
+            fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
+        if saved.keys() != own:  # of a copy of this file that was changed
+            print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
+        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
+        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags go before what is saved, that before defaults
+        args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
+    for name, value in args.env_kwargs.items():
+        args.env_kwargs[name] = {"true": True, "false": False}.get(str(value).lower(), value)
+    for names, least, greatest in (
         ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
         ("total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
         ("torch_threads", 1, os.cpu_count()),
-    )
+    ):
+        for name in names.split():
+            if not least <= getattr(args, name) <= greatest:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU; give cpu")
 
     # SETUP
     torch.set_num_threads(args.torch_threads)
-    device = torch.device(args.device)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
@@ -576,7 +521,7 @@ if __name__ == "__main__":
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(device)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
     num_episodes = family_attribute(envs, "episodes_per_trial", 2)
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
@@ -590,19 +535,22 @@ if __name__ == "__main__":
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes, at least one task per minibatch")
     envs = make_envs(args, num_tasks)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     iteration, global_step, eval_rows = 0, 0, []
     if checkpoint:
         try:
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
-            fail(f"{args.resume or args.evaluate}: not of this agent: {' '.join(str(error).split()):.300}")
+            fail(f"{path}: not of this agent: {' '.join(str(error).split()):.300}")
         iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
         eval_rows = checkpoint["eval_rows"] if args.resume else []
     if args.resume and global_step >= args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
+    path = args.evaluate or str(run_dir / "checkpoint.pt")
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
@@ -627,7 +575,10 @@ if __name__ == "__main__":
             advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
             batch["returns"] = returns = advantages + values
             batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-            agent.follow_returns(returns[real], step=1.0 if iteration == 1 else 0.1)
+            step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
+            agent.return_mean += step * (returns[real].mean() - agent.return_mean)
+            agent.return_std += step * (returns[real].std().clamp(min=1e-3) - agent.return_std)
+            average(agent.return_mean, agent.return_std)
             rollout_time, start = time.time() - start, time.time()
 
             losses = defaultdict(list)
@@ -659,36 +610,35 @@ if __name__ == "__main__":
             if RANK > 0:
                 continue
             scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
-            scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-12)
-            scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
+            variance, residual = returns[real].var(), (returns - values)[real].var()
+            scalars["losses/explained_variance"] = 1 - residual / variance if variance > 1e-8 else 0.0
             scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
-            scalars["charts/SPS"] = steps / (rollout_time + update_time)
-            scalars["charts/learning_rate"] = remaining * args.learning_rate
-            scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+            scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
+            scalars |= {"charts/SPS": steps / (rollout_time + update_time), "time/rollout": rollout_time}
+            scalars |= {"charts/learning_rate": remaining * args.learning_rate, "time/update": update_time}
             if ends or iteration % args.eval_every == 0:
-                train_results = evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)
-                results = evaluate(agent, envs, heldout_tasks, args)
-                scalars |= report("train", train_results, eval_rows, global_step, run_dir)
-                scalars |= report("heldout", results, eval_rows, global_step, run_dir)
-                last = [*results][-1]
-                scalars["eval/generalization_gap"] = train_results[last].mean() - results[last].mean()
+                results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+                results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+                scalars |= report(results, eval_rows, global_step, run_dir)
+                last = [*results["heldout"]][-1]
+                scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
             for tag, value in scalars.items():
                 writer.add_scalar(tag, float(value), global_step)
             writer.flush()
             saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
             checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-            torch.save(checkpoint, run_dir / "checkpoint.tmp")
-            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")  # whole or not at all
-        if args.evaluate:
-            results = evaluate(agent, envs, heldout_tasks, args)
-            report("heldout", results, eval_rows, global_step, run_dir)
+            torch.save(checkpoint, path + ".tmp")
+            os.replace(path + ".tmp", path)  # whole or not at all
+        if args.evaluate and RANK == 0:
+            results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
+            report(results, eval_rows, global_step, run_dir)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         progress.close()
-        if not ends and (run_dir / "checkpoint.pt").exists():
-            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir / 'checkpoint.pt')])}", file=sys.stderr)
+        if RANK == 0 and not ends and os.path.exists(path):
+            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
     writer.close()
@@ -697,11 +647,11 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
     print(f"\nreturn on {args.eval_tasks} held-out tasks")
-    for _, _, name, mean, stderr, _ in eval_rows[-len(results) :]:
+    for _, _, name, mean, stderr, _ in eval_rows[-len(results["heldout"]) :]:
         print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
-    numbered = [x for name, x in results.items() if name != "trial"]
-    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    gains = numbered[-1] - numbered[0]
+    gain, stderr = gains.mean(), gains.std() / len(gains) ** 0.5
     verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
     print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
-    path = args.evaluate or str(run_dir / "checkpoint.pt")
     print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")

@@ -1,5 +1,4 @@
-"""Trains, evaluates and times the three scripts. All results go to tests/results/, as CSV files; `report` fills the
-tables of README.md there from them alone.
+"""Trains, evaluates and times the three scripts. Results go to tests/results/, as CSV files.
 
     python tests/benchmark.py train rl2_grid_navi     # an agent of TRAININGS, several seeds; the median one is kept
     python tests/benchmark.py evaluate                # all agents of tests/results on many held-out tasks
@@ -7,14 +6,12 @@ tables of README.md there from them alone.
     python tests/benchmark.py ablation                # what single parts of the algorithms are worth
     python tests/benchmark.py speed                   # steps per second; `speed busy`: wall times on a busy machine
     python tests/benchmark.py size                    # lines and characters of code
-    python tests/benchmark.py report                  # tests/results/README.md
+    python tests/benchmark.py report                  # fills the tables of tests/results/README.md from the CSV files alone
 
 Trainings run in runs/benchmark/. Those that are finished there are not run again, so a killed benchmark can be restarted.
 """
 
-import ast
 import csv
-import io
 import itertools
 import json
 import os
@@ -22,14 +19,13 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import torch
 import tyro
@@ -39,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "tests/results", ROOT / "runs/benchmark"
 SCRIPTS = {"mrl_rl2": "RL²", "mrl_maml": "MAML", "mrl_actor_critic": "meta actor-critic"}
 FIVE, THREE = (1, 2, 3, 4, 5), (1, 2, 3)
+Names, Seeds = tuple[str, ...], tuple[int, ...]
 
 FAMILIES = {  # name, as in players.csv: script that is its home, flags, number of tasks on which stored agents are evaluated
     "Bandit k=5 n=10": ("mrl_rl2", "Bandit-v0 --env-kwargs k 5 n 10", 100_000),
     "Bandit k=5 n=100": ("mrl_rl2", "Bandit-v0 --env-kwargs k 5 n 100", 20_000),
     "TabularMDP n=10": ("mrl_actor_critic", "TabularMDP-v0", 4000),
-    "TabularMDP n=100": ("mrl_actor_critic", "TabularMDP-v0 --env-kwargs n 100", 1000),
     "GridNavi": ("mrl_rl2", "GridNavi-v0", 4000),
     "PointNav": ("mrl_maml", "PointNav-v0", 1000),
     "SparsePointNav": ("mrl_maml", "SparsePointNav-v0", 1000),
@@ -52,19 +48,12 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "HalfCheetahDir": ("mrl_maml", "HalfCheetahDir-v0 --total-timesteps 10000000", 100),
     "HalfCheetahVel": ("mrl_maml", "HalfCheetahVel-v0 --total-timesteps 10000000", 100),
 }
-MATRIX = tuple(family for family in FAMILIES if family not in ("TabularMDP n=100", "HalfCheetahVel"))
-
+LONG_MDP = "--hidden-size 256 --gamma 0.95 --gae-lambda 0.3 --total-timesteps 30000000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "--total-timesteps 12000000", FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
-    "rl2_tabular_mdp_n10": (
-        "mrl_rl2",
-        "TabularMDP n=10",
-        "--hidden-size 256 --gamma 0.95 --gae-lambda 0.3 --total-timesteps 30000000",
-        THREE,
-        "",
-    ),
+    "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", LONG_MDP, THREE, ""),
     "rl2_half_cheetah_dir": ("mrl_rl2", "HalfCheetahDir", "", THREE, ""),
     "maml_point_nav": ("mrl_maml", "PointNav", "", FIVE, "the default command"),
     "maml_point_nav_long": ("mrl_maml", "PointNav", "--total-timesteps 60000000", THREE, ""),
@@ -76,7 +65,10 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "actor_critic_point_nav": ("mrl_actor_critic", "PointNav", "", FIVE, ""),
     "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "", FIVE, ""),
 }
-EVALUATED_ALSO = {"rl2_tabular_mdp_n10": "TabularMDP n=100", "actor_critic_tabular_mdp": "TabularMDP n=100"}
+LONGER_TRIALS = {
+    "rl2_tabular_mdp_n10": "--env-kwargs n 100",
+    "actor_critic_tabular_mdp": "--env-kwargs n 100 --eval-episodes 100",
+}
 
 NO_META = ("", "--no-meta-policy", "--no-meta-value", "--no-meta-action-selection")
 ABLATIONS = (  # script, families, switches, seeds, flags
@@ -105,6 +97,7 @@ def store(name, rows, key):
         writer = csv.DictWriter(file, rows[0].keys(), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept + rows)
+    print(name, *rows[-1].values(), flush=True)
 
 
 def last_evaluation(folder):
@@ -127,16 +120,16 @@ def stop(*_):
 
 
 def call(script, flags, folder, processes=1):
-    """Runs a script in `folder`, where its output goes too, with one thread per process, and waits for it."""
+    """Runs a script in `folder`, where its output goes too, with one thread per process. Returns whether it succeeded."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split(), "--runs-dir", "."]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
+    process = Popen(command, cwd=folder, env=environment, stdout=DEVNULL, stderr=PIPE, text=True)
     CHILDREN.append(process)
     _, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{errors[-2000:]}")
+        print(*command, errors[-2000:], file=sys.stderr, flush=True)
+    return process.returncode == 0
 
 
 def env_flags(family, script):
@@ -144,11 +137,11 @@ def env_flags(family, script):
     return f"--env-id {flags}" if home == script else f"--env-id {home}:{flags}"
 
 
-def train_once(labels_script_flags_seed):
-    """Trains once, unless the same command has been finished before. Returns rows for a CSV."""
-    labels, script, flags, seed = labels_script_flags_seed
-    run = "__".join([*labels.values(), f"seed_{seed}"]).replace(" ", "_")
-    folder, flags = RUNS / run, f"{flags} --seed {seed}"
+def train_once(run):
+    """Trains, unless the same command has been finished before. Returns the last evaluation: a row per episode or step."""
+    labels, script, flags, seed = run
+    name = "__".join([*labels.values(), f"seed_{seed}"]).replace(" ", "_")
+    folder, flags = RUNS / name, f"{flags} --seed {seed}"
     finished = folder / "finished.json"
     if not finished.exists() or json.loads(finished.read_text())["command"] != [script, flags]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,30 +150,25 @@ def train_once(labels_script_flags_seed):
             [code] = re.findall(r"```python\n([^`]*class CartPoleTasks[^`]*)```", (ROOT / "README.md").read_text())
             (folder / "my_tasks.py").write_text(code)
         start = time.time()
-        try:
-            call(script, flags, folder)
-        except RuntimeError as error:  # the others go on
-            print(error, file=sys.stderr, flush=True)
+        if not call(script, flags, folder):
             return []
         finished.write_text(json.dumps({"command": [script, flags], "seconds": round(time.time() - start)}))
     seconds = json.loads(finished.read_text())["seconds"]
-    return [labels | {"seed": seed, "run": run, "seconds": seconds} | row for row in last_evaluation(folder)]
+    return [labels | {"seed": seed, "run": name, "seconds": seconds} | row for row in last_evaluation(folder)]
 
 
 def train_all(file, runs, jobs):
-    """Trains runs (labels, script, flags, seed), `jobs` at a time. Stores the last evaluation of each in a CSV, one row per
-    episode or step, and returns the last row of each."""
+    """Trains runs (labels, script, flags, seed), `jobs` at a time. Returns the last row of each, and stores all in a CSV."""
     last_rows = []
     with ThreadPoolExecutor(jobs) as pool:
         for rows in pool.map(train_once, runs):
             if rows:
                 store(file, rows, ["run"])
                 last_rows.append(rows[-1])
-                print(rows[-1]["run"], *(row["mean_return"] for row in rows), flush=True)
     return last_rows
 
 
-def train(names: tyro.conf.Positional[tuple[str, ...]], seeds: tuple[int, ...] = (), jobs: int = 2):
+def train(names: tyro.conf.Positional[Names], seeds: Seeds = (), jobs: int = 2):
     """Trains agents of TRAININGS -> trainings.csv, and <name>.pt of the median seed."""
     for name in names:
         script, family, flags, default_seeds, _ = TRAININGS[name]
@@ -194,9 +182,7 @@ def train(names: tyro.conf.Positional[tuple[str, ...]], seeds: tuple[int, ...] =
         torch.save(checkpoint, RESULTS / f"{name}.pt")
 
 
-def defaults(
-    seeds: tuple[int, ...] = FIVE, scripts: tuple[str, ...] = tuple(SCRIPTS), families: tuple[str, ...] = MATRIX, jobs: int = 2
-):
+def defaults(seeds: Seeds = FIVE, scripts: Names = tuple(SCRIPTS), families: Names = tuple(FAMILIES)[:-1], jobs: int = 2):
     """Each script on each family with default flags -> defaults.csv"""
     runs = []
     for seed, family, script in itertools.product(seeds, families, scripts):
@@ -204,7 +190,7 @@ def defaults(
     train_all("defaults.csv", runs, jobs)
 
 
-def ablation(scripts: tuple[str, ...] = tuple(SCRIPTS), jobs: int = 2):
+def ablation(scripts: Names = tuple(SCRIPTS), jobs: int = 2):
     """Scripts without one of their parts -> ablation.csv"""
     runs = []
     for script, families, switches, seeds, flags in ABLATIONS:
@@ -214,20 +200,17 @@ def ablation(scripts: tuple[str, ...] = tuple(SCRIPTS), jobs: int = 2):
     train_all("ablation.csv", [run for run in runs if run[1] in scripts], jobs)
 
 
-def evaluate(names: tyro.conf.Positional[tuple[str, ...]] = tuple(TRAININGS)):
+def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
     """Agents of tests/results, all or those named, on held-out tasks -> evaluations.csv"""
-    trained = [(name, TRAININGS[name][1]) for name in names]
-    for name, family in trained + [(name, family) for name, family in EVALUATED_ALSO.items() if name in names]:
+    evaluations = [(name, TRAININGS[name][1], FAMILIES[TRAININGS[name][1]][2], "") for name in names]
+    evaluations += [(name, "TabularMDP n=100", 1000, LONGER_TRIALS[name]) for name in LONGER_TRIALS if name in names]
+    for name, family, num_tasks, flags in evaluations:
         path = RESULTS / f"{name}.pt"
-        if not path.exists():
-            continue
-        _, flags, num_tasks = FAMILIES[family]
-        with tempfile.TemporaryDirectory() as folder:
-            flags = f"--evaluate {path} --eval-tasks {num_tasks} {flags.partition(' ')[2]}"
-            call(TRAININGS[name][0], flags, folder)
-            rows = [{"name": name, "family": family} | row for row in last_evaluation(folder)]
-        store("evaluations.csv", rows, ["name", "family"])
-        print(name, family, *(f"{row['adaptation']}: {row['mean_return']} ± {row['stderr']}" for row in rows), flush=True)
+        if path.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                call(TRAININGS[name][0], f"--evaluate {path} --eval-tasks {num_tasks} {flags}", folder)
+                rows = [{"name": name, "family": family} | row for row in last_evaluation(folder)]
+            store("evaluations.csv", rows, ["name", "family"])
 
 
 # SPEED AND SIZE
@@ -246,63 +229,56 @@ def speed(what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: i
             row[tag] = f"{statistics.median(event.value for event in events.Scalars(tag)[warm_up:]):.4g}"
         row |= {"cores": os.cpu_count(), "load_average": f"{os.getloadavg()[0]:.1f}"}
         store("speed.csv", [row], ["script", "setting", "processes", "threads"])
-        print(*row.values(), sep=", ", flush=True)
     for script, busy in itertools.product(SCRIPTS if what == "busy" else (), (0, os.cpu_count())):
-        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        others = [Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         CHILDREN.extend(others)
         start = time.time()
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                call(script, "", folder)
-        finally:
-            for process in others:
-                process.kill()
-        seconds = round(time.time() - start)
-        row = {"script": script, "busy_processes": busy, "cores": os.cpu_count(), "seconds": seconds}
+        with tempfile.TemporaryDirectory() as folder:
+            call(script, "", folder)
+        row = {"script": script, "busy_processes": busy, "cores": os.cpu_count(), "seconds": round(time.time() - start)}
+        for process in others:
+            process.kill()
         store("wall_times.csv", [row], ["script", "busy_processes"])
-        print(*row.values(), sep=", ", flush=True)
 
 
 def size():
     """Lines of each script, and characters of its code: no indentation, comments and docstrings -> size.csv"""
     for script in SCRIPTS:
         text = (ROOT / f"{script}.py").read_text()
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        comments = {token.start[0]: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
-        values = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
-        strings = [value for value in values if isinstance(value, ast.Constant)]
-        docstrings = {line for string in strings for line in range(string.lineno, string.end_lineno + 1)}
-        lines = text.splitlines()
-        code = [line[: comments.get(i)].strip() for i, line in enumerate(lines, 1) if i not in docstrings]
-        row = {"script": script, "lines": len(lines), "code_characters": sum(map(len, code))}
+        code = re.sub(r'^ *""".*?"""$|(^|  ) *# .*?$', "", text, flags=re.DOTALL | re.MULTILINE)
+        characters = sum(len(line.strip()) for line in code.splitlines())
+        row = {"script": script, "lines": len(text.splitlines()), "code_characters": characters}
         store("size.csv", [row], ["script"])
-        print(*row.values())
 
 
 # REPORT
-def table(entries, columns=None):
-    """A Markdown table of texts by (row, column)."""
-    rows, columns = dict.fromkeys(row for row, _ in entries), columns or dict.fromkeys(column for _, column in entries)
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
-    lines += [[row, *(entries.get((row, column), "") for column in columns)] for row in rows]
+def markdown(lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def table(entries):
+    """A Markdown table of texts by (row, column); columns in the order of the words and numbers in their names."""
+    rows, columns = dict.fromkeys(row for row, _ in entries), {column for _, column in entries}
+    columns = sorted(columns, key=lambda text: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", text)])
+    lines = [[row, *(entries.get((row, column), "") for column in columns)] for row in rows]
+    return markdown([["", *columns], ["---"] * (1 + len(columns)), *lines])
+
+
 def show(mean, stderr):
-    mean, stderr = float(mean), float(stderr or 0)
+    if stderr == "":
+        return mean
+    mean, stderr = float(mean), float(stderr)
     digits = 3 if 0 < stderr < 0.02 else 1 if stderr >= 1 or abs(mean) >= 1000 else 2
     return f"{mean:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr else "")
 
 
 def over_seeds(rows):
-    """Mean ± standard error over seeds, and in brackets the standard error over tasks of one seed."""
+    """Mean ± standard error over seeds, in brackets the standard error over tasks of one seed; minutes of one seed."""
     means = [float(row["mean_return"]) for row in rows]
     stderr = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0
-    return f"{show(statistics.mean(means), stderr)} ({statistics.mean(float(row['stderr']) for row in rows):.2g})"
-
-
-def minutes(rows):
-    return f"{statistics.mean(float(row['seconds']) for row in rows) / 60:.1f} minutes, {len(rows)} seeds"
+    over_tasks, seconds = (statistics.mean(float(row[column]) for row in rows) for column in ("stderr", "seconds"))
+    text = f"{show(statistics.mean(means), stderr)} ({over_tasks:.2g})"
+    return text, f"{len(rows)} seeds, {seconds / 60:.1f} minutes each"
 
 
 def seeds_table(name, column):
@@ -312,10 +288,8 @@ def seeds_table(name, column):
         groups[row["family"], SCRIPTS.get(row[column], row[column]), row["adaptation"]].append(row)
     for (family, key, adaptation), rows in groups.items():
         if adaptation in ("0", "1", "2", "3", "trial"):
-            entries[f"{family}, {adaptation}", key] = over_seeds(rows)
-        if adaptation == "1":
-            entries[f"{family}, cost", key] = minutes(rows)
-    return table(dict(sorted(entries.items())), sorted({key for _, key in entries}))
+            entries[f"{family}, {adaptation}", key], entries[f"{family}, cost", key] = over_seeds(rows)
+    return table(dict(sorted(entries.items())))
 
 
 def family_tables():
@@ -332,12 +306,7 @@ def family_tables():
         column = column.removeprefix("episode ").replace("sum of 4 episodes", "trial") or adaptation or "each episode"
         if not column.isdigit() or int(column) <= 10:
             tables[title][who, column] = show(row["mean_return"], row["stderr"])
-    texts = []
-    for title, entries in sorted(tables.items()):
-        columns = {column for _, column in entries}
-        columns = sorted(columns, key=lambda text: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", text)])
-        texts.append(f"### {title}\n\n{table(entries, columns)}\n")
-    return "\n".join(texts)
+    return "\n".join(f"### {title}\n\n{table(entries)}\n" for title, entries in sorted(tables.items()))
 
 
 def training_commands():
@@ -345,8 +314,8 @@ def training_commands():
     for name, (script, family, flags, _, note) in TRAININGS.items():
         rows = [row for row in trained if row["name"] == name]
         rows = [row for row in rows if row["adaptation"] == rows[-1]["adaptation"]]
-        results = f"{rows[0]['env_steps']} steps, {minutes(rows)}, return {over_seeds(rows)}" if rows else ""
-        lines.append("# " + ", ".join(text for text in (name, note, results) if text))
+        results = (f"{rows[0]['env_steps']} steps", *over_seeds(rows)) if rows else ()
+        lines.append("# " + ", ".join(text for text in (name, note, *results) if text))
         lines.append(f"python {script}.py {env_flags(family, script)} {flags}".strip())
     return "\n".join(["```", *lines, "```"])
 
@@ -356,8 +325,8 @@ def report():
     tables = {"families": family_tables(), "trainings": training_commands()}
     tables |= {"defaults": seeds_table("defaults.csv", "script"), "ablation": seeds_table("ablation.csv", "switch")}
     for name in ("speed", "wall_times", "size"):
-        rows = enumerate(read(f"{name}.csv"), 1)
-        tables[name] = table({(str(i), column): text for i, row in rows for column, text in row.items()})
+        rows = read(f"{name}.csv") or [{}]
+        tables[name] = markdown([rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)])
     path = RESULTS / "README.md"
     parts = re.split(r"(<!-- table (\w+) -->\n).*?(<!-- end -->\n)", path.read_text(), flags=re.DOTALL)
     for i in range(1, len(parts), 4):  # mark, name, end mark, text up to the next mark
