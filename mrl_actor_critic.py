@@ -162,28 +162,23 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
 class TabularMDP(TaskVectorEnv):
     """10 states, 5 actions, P(.|s,a) ~ Dirichlet(1), mean rewards ~ N(1, 1), observed with noise N(0, 1); 10 steps an
-    episode from state 0, n episodes a trial; the observation is the state, one-hot (Duan et al. 2016, 3.2)."""
+    episode from state 0, n episodes a trial; the observation is the state, one-hot (Duan et al. 2016, 3.2). A task holds the
+    transitions and, last of the 11, the mean rewards."""
 
     def __init__(self, num_envs=1, max_episode_steps=10, n=10):
-        self.episodes_per_trial, self.state = n, np.zeros(num_envs, dtype=np.int64)
+        self.episodes_per_trial = n
         super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5))
+        self.state = np.zeros(num_envs, dtype=np.int64)
 
     def sample_tasks(self, num_tasks, rng):
-        transitions, mean_rewards = rng.dirichlet(np.ones(10), (num_tasks, 10, 5)), rng.normal(1, 1, (num_tasks, 10, 5))
-        return list(zip(transitions, mean_rewards, strict=True))
-
-    def use_tasks(self, tasks):
-        self.cdf = np.cumsum([transitions for transitions, _ in tasks], axis=-1)
-        self.mean_rewards = np.array([mean_rewards for _, mean_rewards in tasks])
-
-    def start(self, mask):
-        self.state[mask] = 0
+        transitions, mean_rewards = rng.dirichlet(np.ones(10), (num_tasks, 10, 5)), rng.normal(1, 1, (num_tasks, 10, 5, 1))
+        return np.concatenate([transitions, mean_rewards], axis=-1)
 
     def act(self, actions):
-        at = np.arange(self.num_envs), self.state, actions
+        task = self.tasks[np.arange(self.num_envs), self.state, actions]  # (num_envs, 11)
         draws = self.np_random.random((self.num_envs, 1))
-        self.state = (self.cdf[at] < draws).sum(axis=-1).clip(max=9)
-        return self.mean_rewards[at] + self.np_random.standard_normal(self.num_envs)
+        self.state = (task[:, :10].cumsum(axis=-1) < draws).sum(axis=-1).clip(max=9)
+        return task[:, 10] + self.np_random.standard_normal(self.num_envs)
 
     def observe(self):
         return np.eye(10, dtype=np.float32)[self.state]

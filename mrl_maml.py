@@ -721,7 +721,7 @@ if __name__ == "__main__":
                 meta_losses = {name: loss.mean() for name, loss in meta_losses.items()}
                 optimizer.zero_grad()
                 meta_losses["policy_loss"].backward()
-                average(*(p.grad for p in agent.parameters()))
+                average(*(p.grad for p in agent.parameters() if p.grad is not None))
                 meta_losses["meta_grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5)
                 if not torch.isfinite(meta_losses["policy_loss"] + meta_losses["meta_grad_norm"]):
                     fail("the meta-gradient is not finite, so the weights were left as they were; lower --learning-rate")

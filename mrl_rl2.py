@@ -590,7 +590,7 @@ if __name__ == "__main__":
                         loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
                     optimizer.zero_grad()
                     loss.backward()
-                    average(*(p.grad for p in agent.parameters()))
+                    average(*(p.grad for p in agent.parameters() if p.grad is not None))
                     mb_losses["meta_grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5)
                     if not torch.isfinite(loss + mb_losses["meta_grad_norm"]):
                         fail("the meta-gradient is not finite, so the weights were left as they were; lower --learning-rate")

