@@ -656,8 +656,8 @@ if __name__ == "__main__":
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
-    num_episodes = family_attribute(envs, "episodes_per_trial", 2)
-    args.eval_episodes = args.eval_episodes or num_episodes
+    num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
+    args.eval_episodes = int(args.eval_episodes or num_episodes)
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
     real = batch["masks"] > 0
     agent.set_units(batch["obs"][real], batch["rewards"][real])

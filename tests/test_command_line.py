@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {  # algorithm's settings of a few hundredths of a second an iteration
     "mrl_rl2": "--num-tasks 8 --hidden-size 8 --num-minibatches 2",
     "mrl_maml": "--num-tasks 4 --num-episodes 2 --adapt-steps 1 --hidden-size 8",
-    "mrl_actor_critic": "--num-tasks 4 --hidden-size 8 --num-features 4 --num-minibatches 2",
+    "mrl_actor_critic": "--num-tasks 8 --hidden-size 8 --num-features 4 --num-minibatches 2",
 }
 ARMS = "--env-id mrl_rl2:Bandit-v0 --env-kwargs k 2 n 4 --eval-every 5 --eval-tasks 5"
-STEPS = {"mrl_rl2": 32, "mrl_maml": 16, "mrl_actor_critic": 16}  # of an iteration on ARMS
+STEPS = {"mrl_rl2": 32, "mrl_maml": 16, "mrl_actor_critic": 32}  # of an iteration on ARMS
 both = pytest.mark.parametrize("script", TINY)
 torch.set_num_threads(1)  # children are forked, so no thread pool may exist before
 
@@ -276,7 +276,7 @@ def test_what_a_run_leaves_behind(script, trained):
     assert sorted(p.name.split(".")[0] for p in run_dir.iterdir()) == ["args", "checkpoint", "eval", "events"]
     names = [row[0] for row in results(run_dir)]
     logged = scalars(run_dir)
-    losses = {"policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "meta_grad_norm"}
+    losses = {"policy_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "meta_grad_norm"}
     tags = {f"losses/{name}" for name in losses} | {"eval/generalization_gap"}
     tags |= {f"charts/{name}" for name in ("pre_adaptation_return", "post_adaptation_return", "learning_rate")}
     tags |= {f"eval/{split}_return_after_{name}" for split in ("heldout", "train") for name in names}
@@ -306,7 +306,8 @@ def test_evaluate_plays_as_the_trained_agent_did(script, trained, tmp_path):
 
 @both
 def test_killed_at_random_and_resumed_is_the_run_never_stopped(script, trained, tmp_path):
-    """Bit for bit, after SIGKILL at any moment: weights, optimizer, files. No half-written file is ever seen."""
+    """Bit for bit, after SIGKILL at any moment: weights, optimizer, files. No half-written file is ever seen, and events later
+    than the checkpoint, as when killed between the two, are made void: here the one that was seen first is put back."""
     whole, rng, paths = trained(script), random.Random(), []
     argv = f"{TINY[script]} {ARMS} --total-timesteps {20 * STEPS[script]}"
     for kill in range(4):
@@ -315,6 +316,7 @@ def test_killed_at_random_and_resumed_is_the_run_never_stopped(script, trained, 
         while process.is_alive() and time.time() < began + 60 and not (paths and paths[0].stat().st_mtime_ns > before):
             time.sleep(0.01)
             paths = list(tmp_path.glob("runs/*/checkpoint.pt"))
+        seen = paths[0].read_bytes()
         process.join(0.3 * rng.random())
         if process.is_alive() and kill < 3:
             process.kill()
@@ -323,6 +325,7 @@ def test_killed_at_random_and_resumed_is_the_run_never_stopped(script, trained, 
         torch.load(paths[0], weights_only=True)
         if process.exitcode == 0:
             break
+        paths[0].write_bytes(seen)
     [run_dir] = (tmp_path / "runs").iterdir()
     assert equal(checkpoint(whole), checkpoint(run_dir))
     assert (whole / "eval.csv").read_bytes() == (run_dir / "eval.csv").read_bytes()
@@ -370,7 +373,7 @@ def test_training_and_heldout_tasks_are_disjoint(script, tmp_path):
     assert place in text
     (tmp_path / "spy.py").write_text(text.replace(place, f"            print('TRAIN', *tasks)\n{place}", 1))
     for flag in ("--num-train-tasks 3", ""):
-        argv = f"{TINY[script]} --env-id families:Breaks-v0 --eval-tasks 4 --total-timesteps 800 --eval-every 100 {flag}"
+        argv = f"{TINY[script]} --env-id families:Breaks-v0 --eval-tasks 4 --total-timesteps 400 --eval-every 100 {flag}"
         code, out, err = run(tmp_path / "spy.py", argv, tmp_path)
         assert code == 0, err
         *training, heldout = [line.split()[1:] for line in out.splitlines() if line.startswith(("TRAIN ", "HELDOUT "))]
@@ -392,8 +395,8 @@ def test_logged_returns_equal_a_sum_by_hand(script, tmp_path):
 
 
 GOOD = {  # flags, and what the held-out results must be
-    "Drift-v0": ("", lambda rows: float(rows[0][1]) == 5),  # each task was new when its first episode began
-    "Switch-v0": ("--env-kwargs sparse False", lambda rows: float(rows[0][1]) == 10),
+    "Drift-v0": ("--total-timesteps 200 --eval-every 1", lambda rows: float(rows[0][1]) == 5),  # as in the first evaluation
+    "Switch-v0": ("--env-kwargs sparse false", lambda rows: float(rows[0][1]) == 10),
     "Far-v0": ("", lambda rows: 60 < float(rows[0][1]) < 90),  # around the middle of the Box, 15
     "Whole-v0": ("", lambda rows: True),
     "ArrayReward-v0": ("", lambda rows: float(rows[0][1]) < 0),
@@ -409,7 +412,7 @@ GOOD = {  # flags, and what the held-out results must be
 def test_unusual_families_run(script, family, tmp_path):
     (tmp_path / "test.py").write_text(FAMILIES)  # the name of a module of Python's own: the working folder goes first
     flags, right = GOOD[family]
-    run_dir = train(script, f"--env-id test:{family} {flags} --total-timesteps 1 --eval-tasks 9 --num-train-tasks 2", tmp_path)
+    run_dir = train(script, f"--env-id test:{family} --total-timesteps 1 --eval-tasks 9 --num-train-tasks 2 {flags}", tmp_path)
     assert right(results(run_dir)) and {row[3] for row in results(run_dir)} == {"9"}
     assert {row[3] for row in results(run_dir, "train")} == {"2"}
     assert all(np.isfinite(value) for series in scalars(run_dir).values() for _, value in series)
