@@ -74,7 +74,7 @@ class Args:
     """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 1_500_000
     """environment steps of the whole training"""
     num_train_tasks: int = 0
     """train on this many fixed tasks (0: fresh tasks in each iteration)"""
@@ -90,7 +90,7 @@ class Args:
     """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
 
     # Algorithm specific arguments
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """learning rate of Adam at the start; it falls linearly to zero over the training"""
     num_tasks: int = 0
     """trials in a meta-batch, M (0: as many as make some 16,000 environment steps)"""
@@ -102,17 +102,17 @@ class Args:
     """learn the critic's features, prior and noise, or leave them as they are at the start: random features"""
     meta_action_selection: bool = True
     """learn the optimism, or do without"""
-    hidden_size: int = 64
+    hidden_size: int = 128
     """units of each of the two hidden layers, of policy and value network"""
-    num_features: int = 16
+    num_features: int = 24
     """learned features of the critic, beside the observation itself"""
     temperature: float = 0.2
     """temperature of the actor at the start, in units of rewards"""
-    critic_gamma: float = 0.5
+    critic_gamma: float = 0.4
     """discount factor of the critic in a task"""
-    gamma: float = 0.98
+    gamma: float = 0.99
     """discount factor, over the whole trial"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.97
     """lambda of generalized advantage estimation, over the whole trial"""
     num_minibatches: int = 4
     """minibatches of whole trials in each epoch"""
@@ -207,9 +207,8 @@ class Agent(nn.Module):
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
         K, F = self.action_dim + (not self.discrete), 1 + obs_dim + args.num_features
         # Meta-value function: features f(s), prior mean and precision of the weights, noise of rewards.
-        self.features = nn.Linear(obs_dim, args.num_features)
-        nn.init.normal_(self.features.weight, std=2 / obs_dim**0.5)
-        nn.init.uniform_(self.features.bias, -np.pi, np.pi)
+        self.centers = nn.Parameter(torch.randn(args.num_features, obs_dim))
+        self.log_width = nn.Parameter(torch.zeros(()))
         self.prior_mean = nn.Parameter(torch.zeros(K, F))
         self.log_precision = nn.Parameter(torch.zeros(K, F))
         self.log_noise = nn.Parameter(torch.zeros(()))
@@ -220,14 +219,14 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
         self.log_temperature = nn.Parameter(torch.tensor(args.temperature).log())
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
-        self.optimism = nn.Parameter(torch.tensor([0.0, 0.3, 0.0]) * args.meta_action_selection)
+        self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
         self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.register_buffer("reward_scale", torch.ones(()))
         self.register_buffer("return_mean", torch.zeros(()))
         self.register_buffer("return_std", torch.ones(()))
-        meta_value = [*self.features.parameters(), self.prior_mean, self.log_precision, self.log_noise]
+        meta_value = [self.centers, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
         meta_policy = [*self.policy.parameters(), self.log_std, self.log_temperature]
         learned = args.meta_value, args.meta_policy, args.meta_action_selection
         for is_learned, part in zip(learned, (meta_value, meta_policy, [self.optimism]), strict=True):
@@ -236,12 +235,18 @@ class Agent(nn.Module):
 
     def set_units(self, obs, rewards):
         """Takes the units of observations (S, D) and rewards (S), for good: what the network reads must not drift. The critic
-        starts from what is usual: the mean reward, for ever."""
+        starts from what is usual, the mean reward for ever, with centers all over what was observed."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
         if rewards.any():
             self.reward_scale = (rewards[rewards != 0] ** 2).mean().sqrt()
         level = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)
         self.prior_mean.data[slice(None) if self.discrete else 0, 0] = level
+        obs = self.encode(obs)
+        distances = torch.full_like(obs[:, 0], torch.inf)  # to the nearest center
+        for center in self.centers.data:
+            center[:] = obs[distances.argmax()]
+            distances = distances.minimum((obs - center).norm(dim=-1))
+        self.log_width.data = distances.max().clamp(min=0.3).log()
 
     def follow_returns(self, returns, step):
         """Follows mean and deviation of the returns (S), in whose units the critic answers, so that its loss is O(1)."""
@@ -257,9 +262,10 @@ class Agent(nn.Module):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def critic_features(self, obs):
-        """f(s) (..., F): a constant, the observation, and waves across it, which are a Gaussian process at the start."""
-        waves = (2 / self.features.out_features) ** 0.5 * self.features(self.encode(obs)).cos()
-        return torch.cat([torch.ones_like(obs[..., :1]), obs / self.obs_std.clamp(min=1), waves], dim=-1)
+        """f(s) (..., F): a constant, the observation, and bumps around the centers, which tell where something was seen."""
+        squares = (self.encode(obs)[..., None, :] - self.centers).square().sum(-1)
+        bumps = (-0.5 * squares * (-2 * self.log_width).exp()).exp()
+        return torch.cat([torch.ones_like(obs[..., :1]), obs / self.obs_std.clamp(min=1), bumps], dim=-1)
 
     def action_features(self, actions):
         """x(a) (..., K): a discrete action one-hot, so that what is seen of one says nothing of others; (1, a) for a Box."""
