@@ -102,8 +102,7 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """Sub-environments side by side. A family draws tasks (`sample_tasks`) and, given `tasks` (M, ...), moves `state` (M, ...)
-    and returns rewards (`act`); `start` and `observe` are there to be overridden."""
+    """Sub-environments side by side: a family draws `tasks`, and moves `state` (M, ...) and returns rewards (M) in `act`."""
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
@@ -116,7 +115,6 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.steps, self.state = np.zeros(num_envs, dtype=np.int64), np.zeros(self.observation_space.shape)
 
     def reset(self, *, seed=None, options=None):
-        """Starts all sub-environments in the tasks of `task`, or those of `options["reset_mask"]` in their old one."""
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if mask.all():
@@ -126,8 +124,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         return self.observe(), {}
 
     def step(self, actions):
-        rewards = self.act(actions)
-        self.steps += 1
+        rewards, self.steps = self.act(actions), self.steps + 1
         truncated = self.steps >= self.max_episode_steps
         return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
 
@@ -323,10 +320,10 @@ def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
 
 
 def episode_returns(batch, num_episodes):
-    """Sums the rewards of each episode: (E, M). Trials of one-step episodes (bandits) are summed by tenths: (10, M)."""
+    """Sums the rewards of each episode: (E, M). Of a longer trial it sums its tenths: (10, M)."""
     rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
     returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
-    if len(rewards) == num_episodes > 10:
+    if num_episodes > 10:
         returns = torch.stack([tenth.sum(0) for tenth in returns.tensor_split(10)])
     return returns
 
@@ -496,8 +493,8 @@ if __name__ == "__main__":
         defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
         args = tyro.cli(Args, description=__doc__, default=defaults)  # flags go before what is saved, that before defaults
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
-    for name, value in args.env_kwargs.items():
-        args.env_kwargs[name] = {"true": True, "false": False}.get(str(value).lower(), value)
+    words = {"true": True, "false": False}
+    args.env_kwargs = {name: words.get(str(value), value) for name, value in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
         ("total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
@@ -508,12 +505,12 @@ if __name__ == "__main__":
         for name in names.split():
             if not least <= getattr(args, name) <= greatest:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from {least} to {greatest}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no GPU; give cpu")
 
     # SETUP
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
     heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
@@ -650,8 +647,7 @@ if __name__ == "__main__":
     for _, _, name, mean, stderr, _ in eval_rows[-len(results["heldout"]) :]:
         print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    gains = numbered[-1] - numbered[0]
-    gain, stderr = gains.mean(), gains.std() / len(gains) ** 0.5
+    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
     verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
     print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
     print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")

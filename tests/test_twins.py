@@ -1,17 +1,14 @@
 """What the scripts have in common is the same text in each, so that a diff of two of them shows the algorithm alone."""
 
 import ast
-import io
 import re
 import sys
-import tokenize
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = {"mrl_rl2": (590, 23_000), "mrl_maml": (700, 26_000), "mrl_actor_critic": (690, 28_000)}  # lines, characters of code
 TEXTS = {script: (ROOT / f"{script}.py").read_text() for script in BUDGET}
 SECTIONS = ["TASK FAMILIES", "AGENT", "ALGORITHM", "PLUMBING", "SETTINGS", "SETUP", "TRAINING", "LOGGING", "CLOSING"]
 # What is the algorithm itself, and so differs: everything else of one name has one text.
@@ -75,14 +72,3 @@ def test_script_pins_what_requirements_pin(script):
     pins = re.findall(r'"([^"]+==[^"]+)"', TEXTS[script].split("# ///")[1])
     assert sorted(pins) == sorted((ROOT / "requirements.txt").read_text().split())
 
-
-@each
-def test_script_is_within_its_budget(script):
-    """Characters of code: without indentation, comments and docstrings, as `benchmark.py size` counts them."""
-    lines, tokens = TEXTS[script].splitlines(), tokenize.generate_tokens(io.StringIO(TEXTS[script]).readline)
-    comments = {token.start[0]: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
-    values = [node.value for node in ast.walk(ast.parse(TEXTS[script])) if isinstance(node, ast.Expr)]
-    strings = [value for value in values if isinstance(value, ast.Constant)]
-    docstrings = {line for string in strings for line in range(string.lineno, string.end_lineno + 1)}
-    code = sum(len(line[: comments.get(i)].strip()) for i, line in enumerate(lines, 1) if i not in docstrings)
-    assert len(lines) <= BUDGET[script][0] and code <= BUDGET[script][1], (len(lines), code)
