@@ -99,7 +99,7 @@ class Args:
     meta_policy: bool = True
     """learn pi_theta and the temperature, or leave them as they are at the start: a uniform policy"""
     meta_value: bool = True
-    """learn the critic's features, prior and noise, or leave them as they are at the start: random features"""
+    """learn the critic's features, prior and noise, or leave them as they are at the start"""
     meta_action_selection: bool = True
     """learn the optimism, or do without"""
     hidden_size: int = 128
