@@ -245,12 +245,6 @@ class Agent(nn.Module):
             distances = distances.minimum((obs - center).norm(dim=-1))
         self.log_width.data = distances.max().clamp(min=0.3).log()
 
-    def follow_returns(self, returns, step):
-        """Follows mean and deviation of the returns (S), in whose units the critic answers, so that its loss is O(1)."""
-        self.return_mean += step * (returns.mean() - self.return_mean)
-        self.return_std += step * (returns.std().clamp(min=1e-3) - self.return_std)
-        average(self.return_mean, self.return_std)
-
     def prior(self):
         """Mean w_0 and variances C_0 (K, F) of the critic's weights before any data of a task, and the noise's variance n."""
         return self.prior_mean, (-self.log_precision).exp(), (2 * self.log_noise).exp()
@@ -427,7 +421,7 @@ def critic_loss(agent, batch, mb_inds):
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = agent.critic_features(mb["obs"]), agent.critic_features(mb["next_obs"])
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
-    errors = mb["rewards"] * mb["masks"] / agent.reward_scale - torch.einsum("mlkf,kf->ml", d, prior_mean)
+    errors = mb["rewards"] / agent.reward_scale - torch.einsum("mlkf,kf->ml", d, prior_mean)
     covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT + noise * torch.eye(length).to(d)  # (M, L, L)
     factor = torch.linalg.cholesky(covariance)
     errors = torch.linalg.solve_triangular(factor, errors[..., None], upper=False).squeeze(-1)
