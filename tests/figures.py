@@ -134,7 +134,7 @@ def grid_navi(goals: tuple[tuple[int, int], ...] = ((3, 3), (2, 1)), out: Path =
         axis.add_patch(plt.Rectangle(goal - 0.5, 1, 1, color="#F0E442", label="hidden goal"))
         axis.plot(*path.T, color=COLOURS[0], linewidth=2)
         axis.plot(*path[0], "o", color="black", markersize=5, label="start")
-        axis.plot(*path[-1], "o", color=COLOURS[1], markersize=7, label="end of the way")
+        axis.plot(*path[-1], "o", color=COLOURS[1], markersize=7, label="last position")
         cells = np.arange(6) - 0.5
         axis.set(xlim=cells[[0, -1]], ylim=cells[[0, -1]], aspect="equal", xticks=cells, yticks=cells)
         axis.set_title(title, fontsize=10)
