@@ -90,7 +90,7 @@ class Args:
     """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
 
     # Algorithm specific arguments
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """learning rate of Adam at the start; it falls linearly to zero over the training"""
     num_tasks: int = 0
     """trials in a meta-batch, M (0: as many as make some 16,000 environment steps)"""
@@ -118,7 +118,7 @@ class Args:
     """minibatches of whole trials in each epoch"""
     update_epochs: int = 4
     """passes over the meta-batch in each iteration"""
-    ent_coef: float = 0.02
+    ent_coef: float = 0.01
     """weight of the entropy of discrete actions at the start; it falls linearly to zero over the training"""
 
 

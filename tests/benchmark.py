@@ -48,22 +48,23 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "HalfCheetahDir": ("mrl_maml", "HalfCheetahDir-v0 --total-timesteps 10000000", 100),
     "HalfCheetahVel": ("mrl_maml", "HalfCheetahVel-v0 --total-timesteps 10000000", 100),
 }
-LONG_MDP = "--hidden-size 256 --gamma 0.95 --gae-lambda 0.3 --total-timesteps 30000000"
+LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
+LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --total-timesteps 5000000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
-    "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "--total-timesteps 12000000", FIVE, ""),
+    "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", f"{LONG_BANDIT} --total-timesteps 12000000", FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", LONG_MDP, THREE, ""),
     "rl2_half_cheetah_dir": ("mrl_rl2", "HalfCheetahDir", "", THREE, ""),
-    "maml_point_nav": ("mrl_maml", "PointNav", "", FIVE, "the default command"),
+    "maml_point_nav": ("mrl_maml", "PointNav", "--total-timesteps 8000000", FIVE, ""),
     "maml_point_nav_long": ("mrl_maml", "PointNav", "--total-timesteps 60000000", THREE, ""),
     "maml_tabular_mdp": ("mrl_maml", "TabularMDP n=10", "", FIVE, ""),
-    "maml_sparse_point_nav": ("mrl_maml", "SparsePointNav", "", FIVE, ""),
+    "maml_sparse_point_nav": ("mrl_maml", "SparsePointNav", "--total-timesteps 8000000", FIVE, ""),
     "maml_half_cheetah_dir": ("mrl_maml", "HalfCheetahDir", "", THREE, ""),
     "maml_half_cheetah_vel": ("mrl_maml", "HalfCheetahVel", "", THREE, ""),
     "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", "", FIVE, "the default command"),
-    "actor_critic_point_nav": ("mrl_actor_critic", "PointNav", "", FIVE, ""),
-    "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "", FIVE, ""),
+    "actor_critic_point_nav": ("mrl_actor_critic", "PointNav", "--learning-rate 0.002", FIVE, ""),
+    "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "--learning-rate 0.002", FIVE, ""),
 }
 LONGER_TRIALS = {
     "rl2_tabular_mdp_n10": "--env-kwargs n 100",
