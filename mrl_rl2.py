@@ -208,6 +208,7 @@ class Agent(nn.Module):
         for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
             nn.init.zeros_(parameter)
         nn.init.normal_(keep[:, before], std=gain)
+        keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # many dimensions or few: as selective
         nn.init.constant_(self.gru.bias_ih_l0.chunk(3)[1], threshold)
         new[:, reward] = torch.randn(len(new)).sign() / 2
 
