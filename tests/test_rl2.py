@@ -177,6 +177,7 @@ def test_init_as_memory_keeps_a_reward(as_memory):
     """A reward that was read 50 steps ago still makes a difference, of which PyTorch's own start leaves nothing."""
     torch.manual_seed(0)
     agent = Agent(10, gym.spaces.Discrete(5), Args(hidden_size=256, init_as_memory=as_memory))
+    agent.set_units(torch.eye(10).repeat(4, 1), torch.ones(40))
     inputs, states = torch.zeros(51, 2, 27), torch.randint(1, 10, (51,))
     inputs[range(51), :, states] = inputs[range(1, 51), :, 10 + states[:-1]] = inputs[:, :, 20] = 1
     inputs[0, :, 10:20] = torch.eye(10)[0]
