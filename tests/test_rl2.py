@@ -1,6 +1,8 @@
 """The mathematics of mrl_rl2.py: families against their definitions, advantages and inputs against theirs."""
 
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -297,3 +299,42 @@ def test_trained_agent_in_a_program_of_ones_own(tmp_path, monkeypatch):
     printed = []
     exec(compile(text, "README.md", "exec"), {"print": printed.append, "__name__": "readme"})
     assert [line.split(":")[0] for line in printed] == [f"episode {k}" for k in (1, 2, 3, 4)]
+
+
+IMAGES = """
+import gymnasium as gym
+import numpy as np
+
+
+class Side(gym.Env):
+    observation_space, action_space, task = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), gym.spaces.Discrete(2), 0
+
+    def sample_tasks(self, num_tasks, rng):
+        return list(rng.integers(2, size=num_tasks))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        image = np.zeros((16, 16, 3), np.uint8)
+        image[:, 8 * self.task : 8 * self.task + 8, 0] = 255
+        return image, {}
+
+    def step(self, action):
+        return self.reset()[0], float(action == self.task), True, False, {}
+
+
+gym.register("Side-v0", entry_point=Side)
+"""
+
+
+def test_images_as_the_readme_shows(tmp_path):
+    """The lit half says which action pays: the CNN of the README learns it."""
+    [cnn] = re.findall(r"```python\n(class CNN.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    script = (ROOT / "mrl_rl2.py").read_text().replace("class Agent(nn.Module)", f"{cnn}\n\nclass Agent(nn.Module)")
+    script, replaced = re.subn(r"self\.encoder, code_dim = .*", "self.encoder, code_dim = CNN(), 64", script)
+    assert replaced == 1
+    (tmp_path / "rl2_images.py").write_text(script)
+    (tmp_path / "images.py").write_text(IMAGES)
+    flags = "--env-id images:Side-v0 --num-tasks 64 --hidden-size 16 --total-timesteps 3000 --eval-tasks 50"
+    done = subprocess.run([sys.executable, "rl2_images.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"trial +([0-9.]+)", done.stdout)[1]) > 1.8, done.stdout
