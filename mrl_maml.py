@@ -777,6 +777,6 @@ if __name__ == "__main__":
         print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
     gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
-    verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "is not seen"
+    verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "makes no difference"
     print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
     print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")
