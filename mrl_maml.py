@@ -5,27 +5,25 @@
 # ///
 """MAML: an actor-critic learner whose starting weights are learned (Finn et al. 2017).
 
-The learner of a task starts from the weights theta_0, plays E episodes, takes a policy-gradient step on them, plays E fresh
-episodes with the new weights, and so on. This is the inner loop, of K steps:
+In the inner loop, the learner of a task starts from the weights theta_0, plays E episodes, takes a policy-gradient step on
+them, plays E fresh episodes with the new weights, and so on, K times:
 
-    theta_k+1 = theta_k + shift_k + rate_k * grad_theta E[ sum_t log pi_theta(a_t | s_t) A_t ]
+    theta_{k+1} = theta_k + shift_k + rate_k * grad_theta E[ mean_t log pi_theta(a_t | s_t) A_t ]
 
-The outer loop learns theta_0, and the rate (Meta-SGD, Li et al. 2017) and the shift of each weight and step. The shift is what
-changes in every task alike: the learner explores first and acts precisely later. The objective is the return after the steps,
+The shift is a change that is the same in every task: explore first, act precisely later. The outer loop learns theta_0 and the
+rate (Meta-SGD, Li et al. 2017) and shift of each weight and step. It maximises the mean return after each of the steps,
 
     J(theta_0, rate, shift) = E_task [ 1/K sum_k=1..K return of theta_k ]
 
-whose gradient runs through all steps, exact to second order; PPO's clipped objective stands for the return (as in ProMP,
-Rothfuss et al. 2019). The critic is a least-squares fit in each task.
-The algorithm is # AGENT, # ALGORITHM and # TRAINING; all else is the tasks and the plumbing.
+by PPO (as ProMP, Rothfuss et al. 2019), with a gradient that runs through all steps, exact to second order. The critic is a
+least-squares fit in each task. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_maml.py                                                 # PointNav: go to a hidden goal
     python mrl_maml.py --env-id mrl_actor_critic:TabularMDP-v0         # a family of another script, or your own
     python mrl_maml.py --evaluate runs/<run>/checkpoint.pt             # held-out tasks
-    tensorboard --logdir runs
 
 Shapes: M tasks in a meta-batch, E episodes a task and step, T steps an episode, N = M * E sub-environments, K adaptation
-steps, D observation size, A action size. What has no M is of one task: `torch.func.vmap` runs it for all tasks at once.
+steps, D observation size, A action size. A function without M is of one task: `torch.func.vmap` runs it for all at once.
 """
 
 import copy
@@ -37,8 +35,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,7 +45,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from gymnasium.vector import AutoresetMode
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import grad, vmap
 from torch.utils.tensorboard import SummaryWriter
@@ -60,90 +55,59 @@ CHECKPOINT = tyro.conf.create_mutex_group(required=False)
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's folder"""
-    seed: int = 1
-    """seed of every random draw"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """networks this small run faster on the cpu"""
-    torch_threads: int = 1
-    """threads that torch may use; more help only on cores that nothing else uses"""
-    env_id: str = "PointNav-v0"
-    """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 4_000_000
-    """environment steps of the whole training"""
-    num_train_tasks: int = 0
-    """train on this many fixed tasks (0: fresh tasks in each iteration)"""
-    eval_every: int = 25
-    """iterations between two evaluations on held-out tasks"""
-    eval_tasks: int = 40
-    """number of held-out tasks, the same ones in each evaluation"""
-    runs_dir: str = "runs"
-    """folder in which each run gets a folder of its own"""
-    resume: Annotated[str | None, CHECKPOINT] = None
-    """go on with the run of this checkpoint, in its folder; flags given beside it override saved ones"""
-    evaluate: Annotated[str | None, CHECKPOINT] = None
-    """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
+    seed: int = 1  # seed of every random draw
+    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
+    torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
+    env_id: str = "PointNav-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, such as k 5 n 100
+    total_timesteps: int = 6_000_000  # environment steps of the whole training
+    num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
+    eval_every: int = 25  # iterations between two evaluations on held-out tasks
+    eval_tasks: int = 40  # number of held-out tasks, the same ones in each evaluation
+    runs_dir: str = "runs"  # folder in which each run gets a folder of its own
+    resume: Annotated[str | None, CHECKPOINT] = None  # go on with the run of this checkpoint; flags override saved ones
+    evaluate: Annotated[str | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
 
     # Algorithm specific arguments
-    learning_rate: float = 4e-3
-    """learning rate of Adam at the start; it falls linearly to zero over the training"""
-    num_tasks: int = 0
-    """tasks in a meta-batch, M (0: as many as make some 40,000 environment steps)"""
-    num_episodes: int = 0
-    """episodes that a task's learner plays before each step, and after the last, E (0: a trial of the task family, or 10)"""
-    adapt_steps: int = 3
-    """adaptation steps in the training, K"""
-    eval_adapt_steps: int = 0
-    """adaptation steps in the evaluation (0: as in the training); further ones repeat the last one, without its shift"""
-    inner_lr: float = 1.0
-    """rates of the inner steps at the start, in units in which a softmax and a Gaussian are alike: see `adapt`"""
-    inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"
-    """which terms of the meta-gradient are kept: see `inner_loss`"""
-    first_order: bool = False
-    """leave out the second derivatives, for comparison"""
-    hidden_size: int = 64
-    """units of the two tanh layers"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.97
-    """lambda of generalized advantage estimation"""
-    update_epochs: int = 5
-    """meta-updates with the episodes of an iteration"""
+    learning_rate: float = 4e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
+    num_tasks: int = 0  # tasks in a meta-batch, M (0: as many as make some 40,000 environment steps)
+    num_episodes: int = 0  # episodes before each adaptation step and after the last, E (0: a trial of the family, or 20)
+    adapt_steps: int = 3  # adaptation steps in the training, K
+    eval_adapt_steps: int = 0  # in evaluations (0: as in training); further steps repeat the last one, without its shift
+    inner_lr: float = 1.0  # rate of the inner steps at the start, see Agent and adapt
+    inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"  # terms of the meta-gradient: see the function inner_loss
+    first_order: bool = False  # leave out the second derivatives, for comparison
+    hidden_size: int = 64  # units of the two tanh layers
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.97  # lambda of generalized advantage estimation
+    update_epochs: int = 5  # meta-updates with the episodes of an iteration
 
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
     """Sub-environments side by side: a family draws `tasks`, and moves `state` (M, ...) and returns rewards (M) in `act`."""
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, num_envs, max_episode_steps, observation_space, action_space):
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.single_observation_space, self.single_action_space = observation_space, action_space
-        self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
         self.task = self.sample_tasks(num_envs, np.random.default_rng(0))
-        self.steps, self.state = np.zeros(num_envs, dtype=np.int64), np.zeros(self.observation_space.shape)
+        self.steps, self.state = np.zeros(num_envs), np.zeros((num_envs, *observation_space.shape))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if mask.all():
             self.tasks = np.array(self.task)
-        self.steps[mask] = 0
-        self.start(mask)
+        self.steps[mask], self.state[mask] = 0, 0
         return self.observe(), {}
 
     def step(self, actions):
         rewards, self.steps = self.act(actions), self.steps + 1
         truncated = self.steps >= self.max_episode_steps
         return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
-
-    def start(self, mask):
-        self.state[mask] = 0
 
     def observe(self):
         return self.state.astype(np.float32)
@@ -159,7 +123,7 @@ class PointNav(TaskVectorEnv):
         super().__init__(num_envs, max_episode_steps, *spaces)
 
     def sample_tasks(self, num_tasks, rng):
-        return list(rng.uniform(-0.5, 0.5, (num_tasks, 2)))
+        return rng.uniform(-0.5, 0.5, (num_tasks, 2))
 
     def act(self, actions):
         self.state = self.state + np.clip(actions, -0.1, 0.1)
@@ -174,7 +138,7 @@ class SparsePointNav(PointNav):
 
     def sample_tasks(self, num_tasks, rng):
         angles = rng.uniform(0, np.pi, num_tasks)
-        return list(np.stack([np.cos(angles), np.sin(angles)], axis=-1))
+        return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
     def act(self, actions):
         distances = -super().act(actions)
@@ -190,23 +154,24 @@ class HalfCheetahDir(TaskVectorEnv):
     def __init__(self, num_envs=1, max_episode_steps=200):
         self.simulate = importlib.import_module("mujoco.rollout").rollout  # mujoco is imported for these families alone
         self.robot = gym.make(self.body).unwrapped
-        self.model = self.robot.model
-        threads = max(1, os.cpu_count() // WORLD_SIZE)
-        self.data = [type(self.robot.data)(self.model) for _ in range(threads)]
-        self.num_hidden = 1 + self.robot.observation_structure["skipped_qpos"]  # time and place are not observed
+        self.model, threads = self.robot.model, max(1, os.cpu_count() // WORLD_SIZE)
+        self.data = [copy.copy(self.robot.data) for _ in range(threads)]
+        self.unobserved = 1 + self.robot.observation_structure["skipped_qpos"]  # time and place
         size = 1 + self.model.nq + self.model.nv  # of the state: time, positions, velocities
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (size - self.num_hidden,))
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (size - self.unobserved,))
         super().__init__(num_envs, max_episode_steps, observation_space, self.robot.action_space)
         self.state = np.zeros((num_envs, size))
 
     def sample_tasks(self, num_tasks, rng):
-        return list(rng.choice([-1.0, 1.0], num_tasks))
+        return rng.choice([-1.0, 1.0], num_tasks)
 
-    def start(self, mask):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
         self.robot.np_random = self.np_random
-        for i in np.flatnonzero(mask):
+        for i in np.flatnonzero(self.steps == 0):
             self.robot.reset_model()
             self.state[i] = 0, *self.robot.data.qpos, *self.robot.data.qvel
+        return self.observe(), {}
 
     def act(self, actions):
         states, _ = self.simulate(self.model, self.data, self.state, actions[:, None], nstep=self.robot.frame_skip)
@@ -218,14 +183,14 @@ class HalfCheetahDir(TaskVectorEnv):
         return self.tasks * x_velocity
 
     def observe(self):
-        return self.state[:, self.num_hidden :].astype(np.float32)
+        return self.state[:, self.unobserved :].astype(np.float32)
 
 
 class HalfCheetahVel(HalfCheetahDir):
     """HalfCheetah with a goal velocity ~ U[0, 2]: reward -|x_velocity - goal| - control cost (Finn et al. 2017, 5.3.2)."""
 
     def sample_tasks(self, num_tasks, rng):
-        return list(rng.uniform(0, 2, num_tasks))
+        return rng.uniform(0, 2, num_tasks)
 
     def reward(self, x_velocity):
         return -np.abs(x_velocity - self.tasks)
@@ -263,34 +228,19 @@ class Agent(nn.Module):
             weights[f"b{i}"] = torch.zeros(1, sizes[i + 1])
         if not self.discrete:
             weights["log_std"] = torch.zeros(1, action_dim)
-        # A probability changes by 1/A of what its logit does, or less, so that the logits take A times as long a step.
+        # A logit moves its probability by 1/A of its own change or less, so its step is A times as long.
         log_rate = float(np.log(args.inner_lr * (action_dim if self.discrete else 1)))
-        rates = {name: torch.full((args.adapt_steps, *w.shape), log_rate) for name, w in weights.items()}
+        log_rates = {name: torch.full((args.adapt_steps, *w.shape), log_rate) for name, w in weights.items()}
         shifts = {name: torch.zeros(args.adapt_steps, *w.shape) for name, w in weights.items()}
-        if not self.discrete:
-            for step in range(args.adapt_steps):
-                shifts["log_std"][step] = -(0.3**step)
-        self.weights = nn.ParameterDict(weights)
-        self.log_rates = nn.ParameterDict(rates)
-        self.shifts = nn.ParameterDict(shifts)
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-
-    def parameter_groups(self):
-        """For Adam: what is learned by its logarithm, rates and deviations, learns ten times as fast."""
-        logs = [*self.log_rates.values()]
-        if not self.discrete:
-            logs += [self.weights["log_std"], self.shifts["log_std"]]
-        others = [p for p in self.parameters() if not any(p is log for log in logs)]
-        return [{"params": others, "factor": 1}, {"params": logs, "factor": 10}]
+        if not self.discrete:  # explore widely before the first step, less after each
+            shifts["log_std"] -= 0.3 ** torch.arange(args.adapt_steps)[:, None, None]
+        self.weights, self.log_rates, self.shifts = map(nn.ParameterDict, (weights, log_rates, shifts))
+        self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
 
     def set_units(self, obs):
-        """Takes the units of observations (S, D), for good: what the network reads must not drift. Small ones stay as they
-        are: a learner that explores little at first would find itself far outside of its units later."""
+        """Sets the units from observations (S, D), once and for all: what the network reads must not drift. Small ones stay as
+        they are, since the learner may later go far beyond what it saw at first."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=1.0)
-
-    def encode(self, obs):
-        return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def inner_step(self, step):
         """Rates and shifts, by weight, of an inner step. A step after the last of the training repeats it, without shift."""
@@ -304,51 +254,45 @@ def policy(weights, obs):
     """The policy at obs (..., D) of one task, or at obs (M, E, D) with weights stacked over tasks. Log-probabilities are
     summed over action dimensions."""
     x = obs if weights["w0"].dim() == 3 else obs.flatten(0, -2)
-    for i in range(2):  # in place, since passes over memory are what takes the time
+    for i in range(2):  # in place: memory traffic takes most of the time
         x = (x @ weights[f"w{i}"]).add_(weights[f"b{i}"]).tanh_()
     params = (x @ weights["w2"]).add_(weights["b2"]).view(*obs.shape[:-1], -1)  # logits or means (..., A)
     if "log_std" not in weights:
         return Categorical(logits=params, validate_args=False)
-    return Independent(Normal(params, std(weights).expand_as(params), validate_args=False), 1, validate_args=False)
-
-
-def std(weights):
-    return weights["log_std"].clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
+    std = weights["log_std"].clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
+    return Independent(Normal(params, std.expand_as(params), validate_args=False), 1, validate_args=False)
 
 
 # ALGORITHM
 @torch.no_grad()
 def rollout(agent, weights, envs, tasks, num_episodes, seed):
-    """Plays one episode in each of N sub-environments, those of a task with its own weights (M, ...).
-
-    Whoever has ended early goes on, masked, until all have. Returns a dict of tensors: obs (M, T, E, D), actions (M, T, E,
-    ...), and (M, T, E) each: logprobs, rewards, masks (1: part of the episode)."""
-    batch, shape, like = defaultdict(list), (len(tasks), num_episodes), agent.obs_mean
+    """Plays an episode in each of N sub-environments, those of a task with its own weights (M, ...); those that have ended go
+    on, masked, until all have. Returns a dict: obs (M, T, E, D), actions (M, T, E, ...), and (M, T, E) each: logprobs,
+    rewards, masks (1: part of the episode)."""
+    batch, shape = [], (len(tasks), num_episodes)
     tasks = [task for task in tasks for _ in range(num_episodes)]  # (N)
     set_tasks(envs, tasks)
     next_obs, _ = envs.reset(seed=seed)
     running = np.ones(len(tasks), dtype=bool)
     while running.any():
-        obs = agent.encode(torch.as_tensor(next_obs).to(like)).unflatten(0, shape)  # (M, E, D)
+        obs = torch.as_tensor(next_obs).to(agent.obs_mean).unflatten(0, shape)  # (M, E, D)
+        obs = ((obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
         pi = policy(weights, obs)
         actions = pi.sample()
-        next_obs, rewards, terminated, truncated = step_envs(envs, actions.flatten(0, 1), tasks, len(batch["obs"]))
-        batch["obs"].append(obs)
-        batch["actions"].append(actions)
-        batch["logprobs"].append(pi.log_prob(actions))
-        batch["rewards"].append(torch.as_tensor(rewards * running).to(like).unflatten(0, shape))
-        batch["masks"].append(torch.as_tensor(running).to(like).unflatten(0, shape))
+        next_obs, rewards, terminated, truncated = step_envs(envs, actions.flatten(0, 1), tasks, len(batch))
+        rewards, masks = (torch.as_tensor(x).to(obs).unflatten(0, shape) for x in (rewards * running, running))
+        step = {"obs": obs, "actions": actions, "logprobs": pi.log_prob(actions), "rewards": rewards, "masks": masks}
+        batch.append(step)
         dones = terminated | truncated
         running = running & ~dones
         if dones.any() and running.any():
             next_obs, _ = envs.reset(options={"reset_mask": dones})
-    return {name: torch.stack(steps, dim=1) for name, steps in batch.items()}
+    return {name: torch.stack([step[name] for step in batch], dim=1) for name in batch[0]}
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) in each episode; all (T, E).
-
-    After an episode comes nothing: the value there is zero. A time limit is no exception, since the values know the time."""
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) in each episode; all (T, E). The value after an episode
+    is zero. A time limit is no exception, since the values know the time."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -371,12 +315,12 @@ def linear_values(obs, returns, masks, ridge=1e-5):
 
 
 def add_advantages(batch, args):
-    """A task's batch and its advantages (T, E), with mean 0 and deviation 1, and what the values explain of the returns."""
+    """A task's batch with its advantages (T, E), of mean 0 and deviation 1, and the explained variance of its returns."""
     rewards, masks = batch["rewards"], batch["masks"]
     returns = compute_gae(rewards, torch.zeros_like(rewards), masks, args.gamma, 1.0)
     values = linear_values(batch["obs"], returns, masks)
     advantages = compute_gae(rewards, values, masks, args.gamma, args.gae_lambda)
-    advantages = (advantages - masked_mean(advantages, masks)) * masks
+    advantages = advantages - masked_mean(advantages, masks)
     advantages = advantages / (masked_mean(advantages**2, masks).sqrt() + 1e-8)
     residuals, deviations = returns - values, returns - masked_mean(returns, masks)
     explained = 1 - masked_mean(residuals**2, masks) / (masked_mean(deviations**2, masks) + 1e-8)
@@ -388,11 +332,11 @@ def masked_mean(x, masks):
 
 
 def inner_loss(weights, batch, args):
-    """What one inner step descends, for one task's batch (T, E, ...). All three have the same gradient where the data were
-    drawn, and differ in how that gradient changes with the weights, which is what reaches the meta-gradient:
+    """The loss of an inner step on one task's batch (T, E, ...). All three have the same gradient where the data were drawn,
+    and differ in how that gradient changes with the weights, which is what reaches the meta-gradient:
 
-    log-prob  log pi A (Finn et al. 2017): the gradient of a fixed batch; that other weights draw other actions is left out.
-    ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): an action's own probability is in; that it leads to others is not.
+    log-prob  log pi A (Finn et al. 2017): treats the batch as fixed, although other weights would draw other actions.
+    ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): counts an action's own probability, not that of those before it.
     dice      each action's ratio times those of all before it (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
     masks = batch["masks"]
     logprobs = policy(weights, batch["obs"]).log_prob(batch["actions"])  # (T, E)
@@ -402,8 +346,8 @@ def inner_loss(weights, batch, args):
         surrogate = (logprobs - batch["logprobs"]).exp()
     else:
         logratio = logprobs - logprobs.detach()
-        product = logratio.cumsum(0)  # of the ratios up to and with this action
-        surrogate = product.exp() - (product - logratio).exp()
+        log_product = logratio.cumsum(0)  # of the ratios up to and with this action
+        surrogate = log_product.exp() - (log_product - logratio).exp()
     return -masked_mean(surrogate * batch["advantages"], masks)
 
 
@@ -416,22 +360,21 @@ def adapt(weights, step, batch, args):
     if args.first_order:
         grads = {name: g.detach() for name, g in grads.items()}
     if "log_std" in weights:
-        scale = (std(weights) ** 2).mean()
-        grads = {name: g if name == "log_std" else scale * g for name, g in grads.items()}
+        variance = (weights["log_std"].clamp(-5, 2).exp() ** 2).mean()
+        grads = {name: g if name == "log_std" else variance * g for name, g in grads.items()}
     return {name: w + step["shifts"][name] - step["rates"][name] * grads[name] for name, w in weights.items()}
 
 
-def outer_loss(weights, batch, clip_coef=0.2):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of one task's weights on the batch that they played.
-
-    Returns means over the real steps by name."""
+def outer_loss(weights, batch, clip_coef=0.4):
+    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of one task's weights on the batch that they played, and other
+    losses; returns their means over the real steps, by name."""
     masks, advantages, pi = batch["masks"], batch["advantages"], policy(weights, batch["obs"])
     logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]  # (T, E)
     ratio = logratio.exp()
     losses = {
         "policy_loss": -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages),
-        "entropy": pi.entropy().detach(),
-        "approx_kl": (ratio - 1 - logratio).detach(),
+        "entropy": pi.entropy(),
+        "approx_kl": ratio - 1 - logratio,
         "clipfrac": ((ratio - 1).abs() > clip_coef).to(masks),
     }
     return {name: masked_mean(loss, masks) for name, loss in losses.items()}
@@ -468,7 +411,7 @@ def mean_returns(batches):
 
 
 def evaluate(agent, envs, tasks, args):
-    """Return of an episode in each task after 0, 1, ... adaptation steps, by their number, always with the same noise."""
+    """{number of adaptation steps: returns of an episode (tasks)}, always with the same random numbers."""
     rng, returns, num_tasks = seed_all(args.seed, 0, EVALUATION), [], envs.num_envs // args.num_episodes
     for first in range(0, len(tasks), num_tasks):
         chunk = [tasks[i % len(tasks)] for i in range(first, first + num_tasks)]
@@ -479,19 +422,19 @@ def evaluate(agent, envs, tasks, args):
 
 # PLUMBING: the same text in each script
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # what is drawn in iteration 0
-MACHINE_FLAGS = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # not kept in a checkpoint
+HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # in iteration 0, the last part of the seed is what is drawn
+NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags that are of this machine or command
 
 
-def fail(message, rank=0):
-    """Ends the program for bad input: one line, by process `rank`, and exit code 2."""
-    if RANK == rank:
+def fail(message):
+    """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
+    if RANK == 0 or dist.is_initialized():
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def seed_all(*key):
-    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else: no state to be saved."""
+    """Seeds torch and returns a numpy generator, both from (seed, iteration, process): no random state need be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -508,60 +451,47 @@ def average(*tensors):
         nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
 
 
-class Border(gym.Wrapper):
-    """Of a single environment: no infos, which nobody reads, and rewards that are a number, NaN where they hold none."""
+class PlainStep(gym.Wrapper):
+    """Drops infos, which nobody reads and gymnasium would stack; rewards become floats, NaN what is not one number."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        try:
-            reward = np.asarray(reward, dtype=np.float64).item()
-        except (TypeError, ValueError):
-            reward = np.nan
-        return obs, reward, terminated, truncated, {}
+        reward = np.ravel(reward)
+        return obs, reward[0] if reward.size == 1 and reward.dtype.kind in "biuf" else np.nan, terminated, truncated, {}
 
 
 def family_attribute(envs, name, default=None):
-    """An attribute of the task family, wherever among its wrappers it is."""
-    env = envs.unwrapped
-    if not isinstance(env, gym.vector.SyncVectorEnv):
-        return getattr(env, name, default)
-    return env.envs[0].get_wrapper_attr(name) if env.envs[0].has_wrapper_attr(name) else default
+    """An attribute of the task family, on whichever of its wrappers it is."""
+    if not isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
+        return getattr(envs.unwrapped, name, default)
+    env = envs.unwrapped.envs[0]
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
 
 
 def make_envs(args, num_envs):
-    """The task family, natively vectorised or a single environment in gymnasium's Sync, and what may be wrong with it."""
-    family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
+    """Makes `num_envs` sub-environments of the task family, and ends the program if they cannot be used."""
     module, _, name = args.env_id.rpartition(":")
-    if "/" in module or module.endswith(".py"):
-        fail(f"{family}: go to the folder of that file and give {Path(module).name.removesuffix('.py')}:{name}")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        module and importlib.import_module(module)
-        if gym.spec(name).vector_entry_point is None:
-            kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
-            kwargs |= {"wrappers": [Border], "disable_env_checker": True}
-        envs = gym.make_vec(name, num_envs, **kwargs)
-        space = envs.single_observation_space
+        assert "/" not in module and ".py" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        if module:
+            importlib.import_module(module)
+        single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
+        envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
+        space, mode = envs.single_observation_space, envs.metadata.get("autoreset_mode")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
-    except Exception as error:  # whatever the family's own code raises
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
-    wrappers, mode = f"{envs} {getattr(envs.unwrapped, 'envs', '')}", envs.metadata.get("autoreset_mode")
-    episodes, space = family_attribute(envs, "episodes_per_trial", 2), envs.single_action_space
-    for right, message in (
-        (family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
-        (family_attribute(envs, "task", fail) is not fail, "it has no attribute `task`, where a task family gets its task"),
-        (isinstance(episodes, int | np.integer) and episodes > 0, f"episodes_per_trial is {episodes!r}; give 1 or more"),
-        ("<Normalize" not in wrappers, "leave out NormalizeObservation and -Reward: no checkpoint holds their statistics"),
-        (mode == AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
-        (isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
-    ):
-        if not right:
-            fail(f"{family}: {message}")
+        for attribute in ("sample_tasks", "task"):
+            assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
+        assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
+        assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
+        printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
+        assert "<Normalize" not in printed, "NormalizeObservation and NormalizeReward keep statistics; no checkpoint has them"
+    except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
+        fail(f"--env-id {args.env_id}: {error}")
     return envs
 
 
@@ -592,14 +522,14 @@ def to_env(actions, space):
 
 
 def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite must not reach the weights."""
+    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite ends the program."""
     next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
-    if wrong.any() or step > 20_000:
-        what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
-        rank = RANK if dist.is_initialized() else 0  # before, all processes see the same
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank)
+    if wrong.any():
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+    if step > 20_000:
+        fail(f"--env-id: after {step} steps no end; register it with max_episode_steps")
     return next_obs, rewards, terminated, truncated
 
 
@@ -611,28 +541,26 @@ def report(results, rows, global_step, run_dir):
             rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
-    np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
+    np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
     return scalars
 
 
 if __name__ == "__main__":
     # SETTINGS
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
     if path := args.resume or args.evaluate:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
-            saved, own = checkpoint["args"], asdict(args).keys() - MACHINE_FLAGS
+            saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
             fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
-        if saved.keys() != own:  # of a copy of this file that was changed
+        if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
-        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
-        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags go before what is saved, that before defaults
+        defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
+        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags override what is saved
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
-    words = {"true": True, "false": False}
-    args.env_kwargs = {name: words.get(str(value), value) for name, value in args.env_kwargs.items()}
+    args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks num_episodes eval_adapt_steps learning_rate", 0, 2**53),
         ("total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
@@ -652,15 +580,18 @@ if __name__ == "__main__":
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
-    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
+    again = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
     if pickle.dumps(heldout_tasks) != pickle.dumps(again):
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
-    optimizer = torch.optim.Adam(agent.parameter_groups(), eps=1e-5)
-    args.num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 10))
-    [batch] = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)  # by the untrained agent
+    others = {"params": [*agent.weights.values(), *agent.shifts.values()], "factor": 1}
+    rates = {"params": [*agent.log_rates.values()], "factor": 10}  # logarithms, which learn ten times as fast
+    optimizer = torch.optim.Adam([others, rates], eps=1e-5)
+    args.num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 20))
+    batch = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)[0]  # by the untrained agent, one episode a task
     real = batch["masks"] > 0
     agent.set_units(batch["obs"][real])
     if args.num_tasks == 0:
@@ -672,111 +603,94 @@ if __name__ == "__main__":
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes")
     envs = make_envs(args, num_tasks * args.num_episodes)
     if WORLD_SIZE > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        dist.init_process_group()
     iteration, global_step, eval_rows = 0, 0, []
     if checkpoint:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            fail(f"{path}: not of this agent: {' '.join(str(error).split()):.300}")
-        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
-        eval_rows = checkpoint["eval_rows"] if args.resume else []
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     if args.resume and global_step >= args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     path = args.evaluate or str(run_dir / "checkpoint.pt")
     if RANK == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
 
     # TRAINING
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
-    ends = bool(args.evaluate)
-    try:
-        while not ends:
-            iteration += 1
-            rng = seed_all(args.seed, iteration, RANK)
-            remaining = 1 - global_step / args.total_timesteps
-            for group in optimizer.param_groups:
-                group["lr"] = remaining * args.learning_rate * group["factor"]
-            tasks = sample_tasks(envs, num_tasks, rng)
-            if train_tasks:
-                tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
+    while global_step < args.total_timesteps and not args.evaluate:
+        iteration += 1
+        rng = seed_all(args.seed, iteration, RANK)
+        learning_rate = (1 - global_step / args.total_timesteps) * args.learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
+        tasks = sample_tasks(envs, num_tasks, rng)
+        if train_tasks:
+            tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
 
-            start = time.time()
-            batches = collect(agent, envs, tasks, args.adapt_steps, rng, args)
-            rollout_time, start = time.time() - start, time.time()
+        start = time.time()
+        batches = collect(agent, envs, tasks, args.adapt_steps, rng, args)
+        rollout_time, start = time.time() - start, time.time()
 
-            losses = defaultdict(list)
-            for _ in range(args.update_epochs):
-                inner_steps = [agent.inner_step(k) for k in range(args.adapt_steps)]
-                all_tasks = vmap(meta_loss, in_dims=(None, None, 0, None))
-                meta_losses = all_tasks(dict(agent.weights), inner_steps, batches, args)
-                meta_losses = {name: loss.mean() for name, loss in meta_losses.items()}
-                optimizer.zero_grad()
-                meta_losses["policy_loss"].backward()
-                average(*(p.grad for p in agent.parameters() if p.grad is not None))
-                meta_losses["meta_grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5)
-                if not torch.isfinite(meta_losses["policy_loss"] + meta_losses["meta_grad_norm"]):
-                    fail("the meta-gradient is not finite, so the weights were left as they were; lower --learning-rate")
-                optimizer.step()
-                for name, term in meta_losses.items():
-                    losses[name].append(term.detach())
-            update_time = time.time() - start
+        losses = []
+        for _ in range(args.update_epochs):
+            inner_steps = [agent.inner_step(k) for k in range(args.adapt_steps)]
+            meta_losses = vmap(meta_loss, in_dims=(None, None, 0, None))(dict(agent.weights), inner_steps, batches, args)
+            meta_losses = {name: loss.mean() for name, loss in meta_losses.items()}
+            optimizer.zero_grad()
+            meta_losses["policy_loss"].backward()
+            average(*(p.grad for p in agent.parameters() if p.grad is not None))
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5, error_if_nonfinite=True)
+            optimizer.step()
+            losses.append({name: loss.detach() for name, loss in meta_losses.items()} | {"meta_grad_norm": norm})
+        update_time = time.time() - start
 
-            # LOGGING
-            steps, by_step = sum(batch["masks"].sum().double() for batch in batches), mean_returns(batches).mean(1)
-            average(steps, by_step)
-            steps = round(steps.item() * WORLD_SIZE)
-            global_step += steps
-            ends = global_step >= args.total_timesteps
-            progress.update(steps)
-            progress.set_postfix(pre=f"{by_step[0]:.2f}", post=f"{by_step[-1]:.2f}", refresh=False)
-            if RANK > 0:
-                continue
-            scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
-            scalars["losses/explained_variance"] = batches[-1]["explained_variance"].mean()
-            scalars |= {"charts/pre_adaptation_return": by_step[0], "charts/post_adaptation_return": by_step[-1]}
-            scalars |= {"charts/SPS": steps / (rollout_time + update_time), "time/rollout": rollout_time}
-            scalars |= {"charts/learning_rate": remaining * args.learning_rate, "time/update": update_time}
-            if ends or iteration % args.eval_every == 0:
-                results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
-                results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
-                scalars |= report(results, eval_rows, global_step, run_dir)
-                last = [*results["heldout"]][-1]
-                scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, float(value), global_step)
-            writer.flush()
-            saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
-            checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-            torch.save(checkpoint, path + ".tmp")
-            os.replace(path + ".tmp", path)  # whole or not at all
-        if args.evaluate and RANK == 0:
-            results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
-            report(results, eval_rows, global_step, run_dir)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        progress.close()
-        if RANK == 0 and not ends and os.path.exists(path):
-            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
+        # LOGGING
+        steps, by_step = sum(batch["masks"].sum().double() for batch in batches), mean_returns(batches).mean(1)
+        average(steps, by_step)
+        steps = round(steps.item() * WORLD_SIZE)
+        global_step += steps
+        progress.update(steps)
+        progress.set_postfix(pre=f"{by_step[0]:.2f}", post=f"{by_step[-1]:.2f}", refresh=False)
+        if RANK > 0:
+            continue
+        scalars = {f"losses/{name}": torch.stack([x[name] for x in losses if name in x]).mean() for name in losses[0]}
+        scalars["losses/explained_variance"] = batches[-1]["explained_variance"].mean()
+        scalars |= {"charts/pre_adaptation_return": by_step[0], "charts/post_adaptation_return": by_step[-1]}
+        scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
+        scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+        if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
+            results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+            scalars |= report(results, eval_rows, global_step, run_dir)
+            last = [*results["heldout"]][-1]
+            scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, float(value), global_step)
+        writer.flush()
+        saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
+        checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
+        torch.save(checkpoint, path + ".tmp")
+        os.replace(path + ".tmp", path)  # whole or not at all
+    progress.close()
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
-    writer.close()
 
     # CLOSING
+    if args.evaluate:
+        results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
+        report(results, [], global_step, run_dir)
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    results["heldout"]["gain"] = gain = numbered[-1] - numbered[0]
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
-    print(f"\nreturn on {args.eval_tasks} held-out tasks")
-    for _, _, name, mean, stderr, _ in eval_rows[-len(results["heldout"]) :]:
-        print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
-    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
-    verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "makes no difference"
-    print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
-    print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")
+    print(f"\nreturn on {args.eval_tasks} held-out tasks; gain: the last one minus the first")
+    for name, x in results["heldout"].items():
+        print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
+    score = gain.mean() / gain.std() * len(gain) ** 0.5
+    print("Adaptation", "helps." if score > 3 else "harms." if score < -3 else "makes no difference.")

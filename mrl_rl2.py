@@ -5,17 +5,16 @@
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
-A trial is E episodes of one task. In the inner loop a GRU reads what happens: each observation, and the step that led there
-(observation, action, reward, end of an episode). Its hidden state goes on from episode to episode, and acting on it is the
-adaptation: no gradient step is taken in a task. In the outer loop, PPO maximises the return of whole trials over many tasks:
+A trial is E episodes of one task. In the inner loop a GRU reads each observation and the step that led there (observation,
+action, reward, end of an episode). Its hidden state goes on from episode to episode; acting on it is the adaptation, without
+a gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
 
     J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
 
-So advantages and hidden state run across the ends of episodes. The algorithm is in # AGENT, # ALGORITHM and # TRAINING.
+so advantages, too, run across the ends of episodes. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
-    python mrl_rl2.py --evaluate runs/<run>/checkpoint.pt              # held-out tasks
 
 Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size,
 I = 2 D + A + 2 input size, H hidden size, S real steps of all trials.
@@ -30,8 +29,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,7 +39,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from gymnasium.vector import AutoresetMode
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -52,84 +48,56 @@ CHECKPOINT = tyro.conf.create_mutex_group(required=False)
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's folder"""
-    seed: int = 1
-    """seed of every random draw"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """networks this small run faster on the cpu"""
-    torch_threads: int = 1
-    """threads that torch may use; more help only on cores that nothing else uses"""
-    env_id: str = "GridNavi-v0"
-    """task family: one of this file, `mrl_maml:PointNav-v0` of another file, or `my_tasks:MyTasks-v0` of your own"""
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments of the task family, for example `k 5 n 100`"""
-    total_timesteps: int = 3_000_000
-    """environment steps of the whole training"""
-    num_train_tasks: int = 0
-    """train on this many fixed tasks (0: fresh tasks in each iteration)"""
-    eval_every: int = 25
-    """iterations between two evaluations on held-out tasks"""
-    eval_tasks: int = 200
-    """number of held-out tasks, the same ones in each evaluation"""
-    runs_dir: str = "runs"
-    """folder in which each run gets a folder of its own"""
-    resume: Annotated[str | None, CHECKPOINT] = None
-    """go on with the run of this checkpoint, in its folder; flags given beside it override saved ones"""
-    evaluate: Annotated[str | None, CHECKPOINT] = None
-    """evaluate this checkpoint on held-out tasks and exit; flags given beside it override saved ones"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
+    seed: int = 1  # seed of every random draw
+    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
+    torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
+    env_id: str = "GridNavi-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, such as k 5 n 100
+    total_timesteps: int = 3_000_000  # environment steps of the whole training
+    num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
+    eval_every: int = 25  # iterations between two evaluations on held-out tasks
+    eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
+    runs_dir: str = "runs"  # folder in which each run gets a folder of its own
+    resume: Annotated[str | None, CHECKPOINT] = None  # go on with the run of this checkpoint; flags override saved ones
+    evaluate: Annotated[str | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
 
     # Algorithm specific arguments
-    learning_rate: float = 2e-3
-    """learning rate of Adam at the start; it falls linearly to zero over the training"""
-    num_tasks: int = 0
-    """tasks in a meta-batch, M, one trial each (0: as many as make some 16,000 environment steps)"""
-    hidden_size: int = 128
-    """size of the GRU's hidden state, H"""
-    init_as_memory: bool = True
-    """start the GRU as a memory of rewards: see `init_as_memory`"""
-    gamma: float = 0.97
-    """discount factor, over the whole trial"""
-    gae_lambda: float = 0.95
-    """lambda of generalized advantage estimation, over the whole trial"""
-    num_minibatches: int = 4
-    """minibatches of whole trials in each epoch"""
-    update_epochs: int = 4
-    """passes over the meta-batch in each iteration"""
-    ent_coef: float = 0.02
-    """weight of the entropy of discrete actions at the start; it falls linearly to zero over the training"""
+    learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
+    num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: as many as make some 16,000 environment steps)
+    hidden_size: int = 128  # size of the GRU's hidden state, H
+    init_as_memory: bool = True  # start the GRU as a memory of rewards, see Agent.init_as_memory
+    gamma: float = 0.97  # discount factor, over the whole trial
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
+    num_minibatches: int = 4  # minibatches of whole trials in each epoch
+    update_epochs: int = 4  # passes over the meta-batch in each iteration
+    ent_coef: float = 0.02  # weight of the entropy at the start, for discrete actions only; it falls linearly to zero
 
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
     """Sub-environments side by side: a family draws `tasks`, and moves `state` (M, ...) and returns rewards (M) in `act`."""
 
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, num_envs, max_episode_steps, observation_space, action_space):
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.single_observation_space, self.single_action_space = observation_space, action_space
-        self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
         self.task = self.sample_tasks(num_envs, np.random.default_rng(0))
-        self.steps, self.state = np.zeros(num_envs, dtype=np.int64), np.zeros(self.observation_space.shape)
+        self.steps, self.state = np.zeros(num_envs), np.zeros((num_envs, *observation_space.shape))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if mask.all():
             self.tasks = np.array(self.task)
-        self.steps[mask] = 0
-        self.start(mask)
+        self.steps[mask], self.state[mask] = 0, 0
         return self.observe(), {}
 
     def step(self, actions):
         rewards, self.steps = self.act(actions), self.steps + 1
         truncated = self.steps >= self.max_episode_steps
         return self.observe(), rewards, np.zeros_like(truncated), truncated, {}
-
-    def start(self, mask):
-        self.state[mask] = 0
 
     def observe(self):
         return self.state.astype(np.float32)
@@ -143,11 +111,11 @@ class Bandit(TaskVectorEnv):
         super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(k))
 
     def sample_tasks(self, num_tasks, rng):
-        return list(rng.random((num_tasks, self.k)))
+        return rng.random((num_tasks, self.k))
 
     def act(self, actions):
         p = self.tasks[np.arange(self.num_envs), actions]
-        return (self.np_random.random(self.num_envs) < p).astype(np.float64)
+        return np.where(self.np_random.random(self.num_envs) < p, 1.0, 0.0)
 
 
 class GridNavi(TaskVectorEnv):
@@ -162,28 +130,57 @@ class GridNavi(TaskVectorEnv):
         super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5))
 
     def sample_tasks(self, num_tasks, rng):
-        return list(self.goals[rng.integers(len(self.goals), size=num_tasks)])
+        return rng.choice(self.goals, num_tasks)
 
     def act(self, actions):
         self.state = (self.state + self.moves[actions]).clip(0, 4)
-        return np.where((self.state == self.tasks).all(axis=-1), 1.0, -0.1)
+        return np.where((self.state == self.tasks[:, :2]).all(axis=-1), 1.0, -0.1)
 
 
-for family in (Bandit, GridNavi):
+class CrossModalGridNavi(GridNavi):
+    """GridNavi, each episode seen through one of two senses, the other one being zero: position (x, y in [0, 1]), or picture
+    (5x5 pixels, the agent's cell lit, with noise). A task is the goal and the senses of the four episodes (1: picture), which
+    are `mixed` (drawn for each episode), `apart` (one for the whole trial), or a pattern such as `ppvv`."""
+
+    def __init__(self, num_envs=1, max_episode_steps=15, senses="mixed"):
+        self.senses = senses
+        super().__init__(num_envs, max_episode_steps)
+        self.single_observation_space = gym.spaces.Box(-1, 2, (27,))
+
+    def sample_tasks(self, num_tasks, rng):
+        pictures = rng.integers(2, size=(num_tasks, 4))
+        if self.senses == "apart":
+            pictures[:] = pictures[:, :1]
+        elif self.senses != "mixed":
+            pictures[:] = [sense == "v" for sense in self.senses]
+        return np.concatenate([super().sample_tasks(num_tasks, rng), pictures], axis=1)
+
+    def reset(self, *, seed=None, options=None):
+        self.episode = self.episode + 1 if options else 0  # all episodes are equally long
+        return super().reset(seed=seed, options=options)
+
+    def observe(self):
+        picture = self.tasks[:, 2 + self.episode % 4, None]
+        pixels = np.eye(25)[(5 * self.state[:, 0] + self.state[:, 1]).astype(int)]
+        pixels = pixels + 0.1 * self.np_random.standard_normal(pixels.shape)
+        return np.concatenate([(1 - picture) * self.state / 4, picture * pixels], axis=-1).astype(np.float32)
+
+
+for family in (Bandit, GridNavi, CrossModalGridNavi):
     if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have brought it
         gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
 class Agent(nn.Module):
-    """A GRU reads the trial. Actor and critic read its hidden state together with the observation, through a layer and
-    through weights on the observation that the hidden state makes (a recurrent hypernetwork, Beck et al. 2023)."""
+    """A GRU reads the trial. Actor and critic read its hidden state and the observation through a hidden layer, and the
+    observation alone through weights that are computed from the hidden state (a hypernetwork, Beck et al. 2023)."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
         self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
-        self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN, and the size of what it makes of one
+        self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN and its output size
         self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
         self.trunk = nn.Sequential(nn.Linear(args.hidden_size + code_dim, args.hidden_size), nn.Tanh())
         self.heads = nn.Linear(args.hidden_size, self.action_dim + 1)  # logits or means of actions, and the value
@@ -191,63 +188,59 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.heads.weight, 0.01)
         nn.init.orthogonal_(self.hypernetwork.weight, 0.01)
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.register_buffer("reward_scale", torch.ones(()))
-        self.register_buffer("return_mean", torch.zeros(()))
-        self.register_buffer("return_std", torch.ones(()))
+        self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
+        self.reward_scale = nn.Buffer(torch.ones(()))
+        self.return_mean, self.return_std = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
         if args.init_as_memory:
             self.init_as_memory(code_dim)
 
     @torch.no_grad()
     def init_as_memory(self, code_dim, gain=5.0, threshold=8.0):
-        """Starts the GRU as a memory: each unit writes the reward for a few pairs of previous observation and action, its own
-        ones, and keeps its state at all others. PyTorch's own start forgets half of everything at each step."""
-        before, reward = slice(code_dim, -2), -2  # what the input holds of the step before
-        _, keep, new = self.gru.weight_ih_l0.chunk(3)  # (H, I) each; an update gate of 1 keeps the state
+        """Starts the GRU as a memory: each unit takes in the reward at those few pairs of observation and action whose random
+        weights sum to less than -threshold, and keeps its state at all others. PyTorch's start halves it at each step."""
+        _, keep, new = self.gru.weight_ih_l0.chunk(3)  # reset, update and new gate (H, I); an update gate of 1 keeps the state
         for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
             nn.init.zeros_(parameter)
-        nn.init.normal_(keep[:, before], std=gain)
+        nn.init.normal_(keep[:, code_dim:-2], std=gain)  # the columns of the previous observation and action
         keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # many dimensions or few: as selective
         nn.init.constant_(self.gru.bias_ih_l0.chunk(3)[1], threshold)
-        new[:, reward] = torch.randn(len(new)).sign() / 2
+        new[:, -2] = torch.randn(len(new)).sign() / 2  # the column of the reward
 
     def set_units(self, obs, rewards):
-        """Takes the units of observations (S, D) and rewards (S), for good: what the network reads must not drift."""
+        """Sets the units from observations (S, D) and rewards (S), once and for all: what the network reads must not drift."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
         if rewards.any():
             self.reward_scale = (rewards[rewards != 0] ** 2).mean().sqrt()
 
-    def make_input(self, obs, last=None):
-        """What the GRU reads (M, I): the observations (M, D) and the step before, nothing at the start of a trial. `last`:
-        observations (M, D), actions (M, ...), rewards (M) and ends of an episode (M) of that step; so the last reward of an
-        episode is read together with the first observation of the next one."""
-        if last is None:
+    def make_input(self, obs, previous=None):
+        """What the GRU reads (M, I): observations (M, D) and the previous step, its (observations (M, D), actions (M, ...),
+        rewards (M), dones (M)), zeros at the start of a trial. An episode's last reward comes with the next one's start."""
+        if previous is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
-        last_obs, actions, rewards, dones = last
+        previous_obs, actions, rewards, dones = previous
         actions = nn.functional.one_hot(actions, self.action_dim) if self.discrete else actions
-        return torch.cat([obs, last_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
+        return torch.cat([obs, previous_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
 
     def forward(self, inputs, hidden=None, real=None, segment=16):
-        """Policy and values (L, M) at each step of inputs (L, M, I), and the hidden state (1, M, H) after the last; `hidden`
-        is the one before the first. Given the `real` steps (L, M) of whole trials, longest first, all is of theirs only (S):
-        trials drop out when they end, so that the time follows the real steps."""
-        obs, last_step = inputs.split([2 * self.obs_dim, self.action_dim + 2], dim=-1)
+        """Policy and values (L, M) at inputs (L, M, I), and the hidden state (1, M, H) after the last; `hidden` is the one
+        before the first. With the `real` steps (L, M) of trials sorted longest first, all are of real steps only (S): trials
+        drop out where they end, so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
+        obs, others = inputs.split([2 * self.obs_dim, self.action_dim + 2], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
         codes = self.encoder(obs.clamp(-10, 10).flatten(0, 2)).unflatten(0, obs.shape[:3])
-        inputs, codes = torch.cat([codes.flatten(2), last_step], dim=-1), codes[:, :, 0]
+        inputs, codes = torch.cat([codes.flatten(2), others], dim=-1), codes[:, :, 0]
         if real is None:
             memory, hidden = self.gru(inputs, hidden)  # (L, M, H)
         else:
             memory, codes, hidden = [], codes[real], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size)
-            for start in range(0, len(inputs), segment):
-                steps, running = slice(start, start + segment), real[start].sum()
-                states, hidden = self.gru(inputs[steps, :running], hidden[:, :running])
-                memory.append(states[real[steps, :running]])
+            for x, mask in zip(inputs.split(segment), real.split(segment), strict=True):
+                running = mask[0].sum()
+                states, hidden = self.gru(x[:, :running], hidden[:, :running])
+                memory.append(states[mask[:, :running]])
             memory = torch.cat(memory)  # (S, H)
         weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, -1))
         features = self.trunk(torch.cat([memory, codes], dim=-1))
-        params = self.heads(features) + (weights @ codes[..., None]).squeeze(-1)
+        params = self.heads(features) + (weights @ codes[..., None]).squeeze(-1)  # (..., A + 1)
         params, values = params[..., :-1], self.return_mean + self.return_std * params[..., -1]
         if self.discrete:
             return Categorical(logits=params, validate_args=False), values, hidden
@@ -258,33 +251,29 @@ class Agent(nn.Module):
 # ALGORITHM
 @torch.no_grad()
 def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
-    """Plays a trial of `num_episodes` episodes in each sub-environment; without `explore`, by the most probable actions.
-
-    Whoever has finished its trial goes on, masked, until all have. Returns a dict: inputs (L, M, I), actions (L, M, ...), and
-    (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
-    batch, last, hidden, device = defaultdict(list), None, None, agent.obs_mean.device
+    """Plays a trial of `num_episodes` episodes in each sub-environment; those that have ended go on, masked, until all have.
+    Without `explore`, takes the most probable actions. Returns a dict: inputs (L, M, I), actions (L, M, ...), and (L, M) each:
+    logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     set_tasks(envs, tasks)
     next_obs, _ = envs.reset(seed=seed)
-    episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=device)
+    batch, previous, hidden = [], None, None
+    episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=agent.obs_mean.device)
     while (episodes < num_episodes).any():
-        obs = torch.as_tensor(next_obs, dtype=torch.get_default_dtype(), device=device)  # (M, D)
-        inputs = agent.make_input(obs, last)
+        obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
+        inputs = agent.make_input(obs, previous)
         policy, values, hidden = agent(inputs[None], hidden)
         actions = policy.sample() if explore else policy.mode  # (1, M, ...)
-        next_obs, rewards, terminated, truncated = step_envs(envs, actions[0], tasks, len(batch["inputs"]))
-        if (dones := terminated | truncated).any():
+        next_obs, rewards, terminated, truncated = step_envs(envs, actions[0], tasks, len(batch))
+        dones = terminated | truncated
+        if dones.any():
             next_obs, _ = envs.reset(options={"reset_mask": dones})
         rewards, dones = torch.as_tensor(rewards).to(obs), torch.as_tensor(dones).to(obs)
-        last = obs, actions[0], rewards, dones
-        batch["inputs"].append(inputs)
-        batch["actions"].append(actions[0])
-        batch["logprobs"].append(policy.log_prob(actions)[0])
-        batch["values"].append(values[0])
-        batch["rewards"].append(rewards)
-        batch["masks"].append((episodes < num_episodes).to(obs))
-        batch["episodes"].append(episodes)
+        previous = obs, actions[0], rewards, dones
+        step = {"inputs": inputs, "actions": actions[0], "logprobs": policy.log_prob(actions)[0], "values": values[0]}
+        step |= {"rewards": rewards, "masks": (episodes < num_episodes).to(obs), "episodes": episodes}
+        batch.append(step)
         episodes = episodes + dones.long()
-    return {name: torch.stack(steps) for name, steps in batch.items()}
+    return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
@@ -300,37 +289,34 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step on, and
-    the other losses by name: means over the real steps."""
+    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step, and the
+    other losses; returns their means over the real steps, by name."""
     lengths = batch["masks"].sum(0)
-    mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]
+    mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]  # longest first
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
     real = mb["masks"] > 0
     policy, newvalues, _ = agent(mb["inputs"], real=real)
     logratio = policy.log_prob(mb["actions"][real]) - mb["logprobs"][real]  # (S)
-    ratio, mb_advantages = logratio.exp(), mb["advantages"][real]
-    policy_loss = -torch.min(ratio * mb_advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * mb_advantages)
+    ratio, advantages = logratio.exp(), mb["advantages"][real]
     losses = {
-        "policy_loss": policy_loss,
+        "policy_loss": -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages),
         "value_loss": ((newvalues - mb["returns"][real]) / agent.return_std) ** 2,
         "entropy": policy.entropy(),
-        "approx_kl": (ratio - 1 - logratio).detach(),
+        "approx_kl": ratio - 1 - logratio,
         "clipfrac": ((ratio - 1).abs() > clip_coef).float(),
     }
     return {name: loss.mean() for name, loss in losses.items()}
 
 
 def episode_returns(batch, num_episodes):
-    """Sums the rewards of each episode: (E, M). Of a longer trial it sums its tenths: (10, M)."""
+    """Returns of the episodes (E, M), or of the tenths of a trial of more than 10 episodes (10, M)."""
     rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
     returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
-    if num_episodes > 10:
-        returns = torch.stack([tenth.sum(0) for tenth in returns.tensor_split(10)])
-    return returns
+    return torch.stack([part.sum(0) for part in returns.tensor_split(min(num_episodes, 10))])
 
 
 def evaluate(agent, envs, tasks, args):
-    """Returns (tasks) of the episodes, from 1, and of the whole `trial`, one of each task, always with the same noise."""
+    """{1: returns (tasks) of episode 1, 2: ..., "trial": of all episodes}, always with the same random numbers."""
     rng, returns, num_episodes = seed_all(args.seed, 0, EVALUATION), [], family_attribute(envs, "episodes_per_trial", 2)
     for first in range(0, len(tasks), envs.num_envs):
         chunk = [tasks[i % len(tasks)] for i in range(first, first + envs.num_envs)]
@@ -342,19 +328,19 @@ def evaluate(agent, envs, tasks, args):
 
 # PLUMBING: the same text in each script
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # what is drawn in iteration 0
-MACHINE_FLAGS = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # not kept in a checkpoint
+HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # in iteration 0, the last part of the seed is what is drawn
+NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags that are of this machine or command
 
 
-def fail(message, rank=0):
-    """Ends the program for bad input: one line, by process `rank`, and exit code 2."""
-    if RANK == rank:
+def fail(message):
+    """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
+    if RANK == 0 or dist.is_initialized():
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def seed_all(*key):
-    """Seeds torch from (seed, iteration, process) and returns numpy's generator for all else: no state to be saved."""
+    """Seeds torch and returns a numpy generator, both from (seed, iteration, process): no random state need be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -371,60 +357,47 @@ def average(*tensors):
         nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
 
 
-class Border(gym.Wrapper):
-    """Of a single environment: no infos, which nobody reads, and rewards that are a number, NaN where they hold none."""
+class PlainStep(gym.Wrapper):
+    """Drops infos, which nobody reads and gymnasium would stack; rewards become floats, NaN what is not one number."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        try:
-            reward = np.asarray(reward, dtype=np.float64).item()
-        except (TypeError, ValueError):
-            reward = np.nan
-        return obs, reward, terminated, truncated, {}
+        reward = np.ravel(reward)
+        return obs, reward[0] if reward.size == 1 and reward.dtype.kind in "biuf" else np.nan, terminated, truncated, {}
 
 
 def family_attribute(envs, name, default=None):
-    """An attribute of the task family, wherever among its wrappers it is."""
-    env = envs.unwrapped
-    if not isinstance(env, gym.vector.SyncVectorEnv):
-        return getattr(env, name, default)
-    return env.envs[0].get_wrapper_attr(name) if env.envs[0].has_wrapper_attr(name) else default
+    """An attribute of the task family, on whichever of its wrappers it is."""
+    if not isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
+        return getattr(envs.unwrapped, name, default)
+    env = envs.unwrapped.envs[0]
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else default
 
 
 def make_envs(args, num_envs):
-    """The task family, natively vectorised or a single environment in gymnasium's Sync, and what may be wrong with it."""
-    family, kwargs = f"--env-id {args.env_id}", dict(args.env_kwargs)
+    """Makes `num_envs` sub-environments of the task family, and ends the program if they cannot be used."""
     module, _, name = args.env_id.rpartition(":")
-    if "/" in module or module.endswith(".py"):
-        fail(f"{family}: go to the folder of that file and give {Path(module).name.removesuffix('.py')}:{name}")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        module and importlib.import_module(module)
-        if gym.spec(name).vector_entry_point is None:
-            kwargs |= {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": AutoresetMode.DISABLED}}
-            kwargs |= {"wrappers": [Border], "disable_env_checker": True}
-        envs = gym.make_vec(name, num_envs, **kwargs)
-        space = envs.single_observation_space
+        assert "/" not in module and ".py" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        if module:
+            importlib.import_module(module)
+        single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
+        envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
+        space, mode = envs.single_observation_space, envs.metadata.get("autoreset_mode")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
-    except Exception as error:  # whatever the family's own code raises
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        fail(f"{family} --env-kwargs {args.env_kwargs}: {error} ({where.filename}:{where.lineno}, {sys.modules.get(module)})")
-    wrappers, mode = f"{envs} {getattr(envs.unwrapped, 'envs', '')}", envs.metadata.get("autoreset_mode")
-    episodes, space = family_attribute(envs, "episodes_per_trial", 2), envs.single_action_space
-    for right, message in (
-        (family_attribute(envs, "sample_tasks"), "it has no method sample_tasks(num_tasks, rng); give a task family"),
-        (family_attribute(envs, "task", fail) is not fail, "it has no attribute `task`, where a task family gets its task"),
-        (isinstance(episodes, int | np.integer) and episodes > 0, f"episodes_per_trial is {episodes!r}; give 1 or more"),
-        ("<Normalize" not in wrappers, "leave out NormalizeObservation and -Reward: no checkpoint holds their statistics"),
-        (mode == AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"),
-        (isinstance(space, gym.spaces.Discrete | gym.spaces.Box), f"its actions are {space}; give Discrete or Box"),
-    ):
-        if not right:
-            fail(f"{family}: {message}")
+        for attribute in ("sample_tasks", "task"):
+            assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
+        assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
+        assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
+        printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
+        assert "<Normalize" not in printed, "NormalizeObservation and NormalizeReward keep statistics; no checkpoint has them"
+    except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
+        fail(f"--env-id {args.env_id}: {error}")
     return envs
 
 
@@ -455,14 +428,14 @@ def to_env(actions, space):
 
 
 def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite must not reach the weights."""
+    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite ends the program."""
     next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
-    if wrong.any() or step > 20_000:
-        what = "a reward or observation is not finite" if wrong.any() else "no end; register it with max_episode_steps"
-        rank = RANK if dist.is_initialized() else 0  # before, all processes see the same
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: {what}", rank)
+    if wrong.any():
+        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+    if step > 20_000:
+        fail(f"--env-id: after {step} steps no end; register it with max_episode_steps")
     return next_obs, rewards, terminated, truncated
 
 
@@ -474,28 +447,26 @@ def report(results, rows, global_step, run_dir):
             rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
-    np.savetxt(run_dir / "eval.csv", rows, "%s", ",", header=header, comments="")
+    np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
     return scalars
 
 
 if __name__ == "__main__":
     # SETTINGS
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack ± and ²
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
     if path := args.resume or args.evaluate:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
-            saved, own = checkpoint["args"], asdict(args).keys() - MACHINE_FLAGS
+            saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
             fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
-        if saved.keys() != own:  # of a copy of this file that was changed
+        if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
-        defaults = Args(**{name: saved[name] for name in saved.keys() & own - {"env_kwargs"}})
-        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags go before what is saved, that before defaults
+        defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
+        args = tyro.cli(Args, description=__doc__, default=defaults)  # flags override what is saved
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
-    words = {"true": True, "false": False}
-    args.env_kwargs = {name: words.get(str(value), value) for name, value in args.env_kwargs.items()}
+    args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
         ("total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
@@ -514,7 +485,8 @@ if __name__ == "__main__":
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
-    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
+    again = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
     if pickle.dumps(heldout_tasks) != pickle.dumps(again):
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
@@ -534,121 +506,103 @@ if __name__ == "__main__":
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes, at least one task per minibatch")
     envs = make_envs(args, num_tasks)
     if WORLD_SIZE > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        dist.init_process_group()
     iteration, global_step, eval_rows = 0, 0, []
     if checkpoint:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            fail(f"{path}: not of this agent: {' '.join(str(error).split()):.300}")
-        iteration, global_step = checkpoint["iteration"], checkpoint["global_step"]
-        eval_rows = checkpoint["eval_rows"] if args.resume else []
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     if args.resume and global_step >= args.total_timesteps:
         fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     path = args.evaluate or str(run_dir / "checkpoint.pt")
     if RANK == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
 
     # TRAINING
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
-    ends = bool(args.evaluate)
-    try:
-        while not ends:
-            iteration += 1
-            rng = seed_all(args.seed, iteration, RANK)
-            remaining = 1 - global_step / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
-            tasks = sample_tasks(envs, num_tasks, rng)
-            if train_tasks:
-                tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
+    while global_step < args.total_timesteps and not args.evaluate:
+        iteration += 1
+        rng = seed_all(args.seed, iteration, RANK)
+        remaining = 1 - global_step / args.total_timesteps
+        optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
+        tasks = sample_tasks(envs, num_tasks, rng)
+        if train_tasks:
+            tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
 
-            start = time.time()
-            batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)))
-            real, values = batch["masks"] > 0, batch["values"]
-            advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
-            batch["returns"] = returns = advantages + values
-            batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-            step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
-            agent.return_mean += step * (returns[real].mean() - agent.return_mean)
-            agent.return_std += step * (returns[real].std().clamp(min=1e-3) - agent.return_std)
-            average(agent.return_mean, agent.return_std)
-            rollout_time, start = time.time() - start, time.time()
+        start = time.time()
+        batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)))
+        real, values = batch["masks"] > 0, batch["values"]
+        advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
+        batch["returns"] = returns = advantages + values
+        batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
+        step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
+        agent.return_mean += step * (returns[real].mean() - agent.return_mean)
+        agent.return_std += step * (returns[real].std().clamp(min=1e-3) - agent.return_std)
+        average(agent.return_mean, agent.return_std)
+        rollout_time, start = time.time() - start, time.time()
 
-            losses = defaultdict(list)
-            for _ in range(args.update_epochs):
-                for mb_inds in torch.randperm(num_tasks).tensor_split(args.num_minibatches):  # whole trials
-                    mb_losses = meta_loss(agent, batch, mb_inds)
-                    loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
-                    if agent.discrete:
-                        loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
-                    optimizer.zero_grad()
-                    loss.backward()
-                    average(*(p.grad for p in agent.parameters() if p.grad is not None))
-                    mb_losses["meta_grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5)
-                    if not torch.isfinite(loss + mb_losses["meta_grad_norm"]):
-                        fail("the meta-gradient is not finite, so the weights were left as they were; lower --learning-rate")
-                    optimizer.step()
-                    for name, term in mb_losses.items():
-                        losses[name].append(term.detach())
-            update_time = time.time() - start
+        losses = []
+        for _ in range(args.update_epochs):
+            for mb_inds in torch.randperm(num_tasks).tensor_split(args.num_minibatches):  # whole trials
+                mb_losses = meta_loss(agent, batch, mb_inds)
+                loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
+                loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]
+                optimizer.zero_grad()
+                loss.backward()
+                average(*(p.grad for p in agent.parameters() if p.grad is not None))
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5, error_if_nonfinite=True)
+                optimizer.step()
+                losses.append({name: x.detach() for name, x in mb_losses.items()} | {"meta_grad_norm": norm})
+        update_time = time.time() - start
 
-            # LOGGING
-            steps, by_episode = real.sum().double(), episode_returns(batch, num_episodes).mean(1)
-            average(steps, by_episode)
-            steps = round(steps.item() * WORLD_SIZE)
-            global_step += steps
-            ends = global_step >= args.total_timesteps
-            progress.update(steps)
-            progress.set_postfix(pre=f"{by_episode[0]:.2f}", post=f"{by_episode[-1]:.2f}", refresh=False)
-            if RANK > 0:
-                continue
-            scalars = {f"losses/{name}": torch.stack(terms).mean() for name, terms in losses.items()}
-            variance, residual = returns[real].var(), (returns - values)[real].var()
-            scalars["losses/explained_variance"] = 1 - residual / variance if variance > 1e-8 else 0.0
-            scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
-            scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
-            scalars |= {"charts/SPS": steps / (rollout_time + update_time), "time/rollout": rollout_time}
-            scalars |= {"charts/learning_rate": remaining * args.learning_rate, "time/update": update_time}
-            if ends or iteration % args.eval_every == 0:
-                results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
-                results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
-                scalars |= report(results, eval_rows, global_step, run_dir)
-                last = [*results["heldout"]][-1]
-                scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, float(value), global_step)
-            writer.flush()
-            saved_args = {name: x for name, x in asdict(args).items() if name not in MACHINE_FLAGS}
-            checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-            torch.save(checkpoint, path + ".tmp")
-            os.replace(path + ".tmp", path)  # whole or not at all
-        if args.evaluate and RANK == 0:
-            results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
-            report(results, eval_rows, global_step, run_dir)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        progress.close()
-        if RANK == 0 and not ends and os.path.exists(path):
-            print(f"go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
+        # LOGGING
+        steps, by_episode = real.sum().double(), episode_returns(batch, num_episodes).mean(1)
+        average(steps, by_episode)
+        steps = round(steps.item() * WORLD_SIZE)
+        global_step += steps
+        progress.update(steps)
+        progress.set_postfix(pre=f"{by_episode[0]:.2f}", post=f"{by_episode[-1]:.2f}", refresh=False)
+        if RANK > 0:
+            continue
+        scalars = {f"losses/{name}": torch.stack([x[name] for x in losses if name in x]).mean() for name in losses[0]}
+        scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
+        scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
+        scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
+        scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
+        scalars |= {"time/rollout": rollout_time, "time/update": update_time}
+        if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
+            results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+            scalars |= report(results, eval_rows, global_step, run_dir)
+            last = [*results["heldout"]][-1]
+            scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, float(value), global_step)
+        writer.flush()
+        saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
+        checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
+        torch.save(checkpoint, path + ".tmp")
+        os.replace(path + ".tmp", path)  # whole or not at all
+    progress.close()
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
-    writer.close()
 
     # CLOSING
+    if args.evaluate:
+        results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
+        report(results, [], global_step, run_dir)
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    results["heldout"]["gain"] = gain = numbered[-1] - numbered[0]
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
-    print(f"\nreturn on {args.eval_tasks} held-out tasks")
-    for _, _, name, mean, stderr, _ in eval_rows[-len(results["heldout"]) :]:
-        print(f"{name:>12} {mean:10.3f} ± {stderr:.3f}")
-    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    gain, stderr = (numbered[-1] - numbered[0]).mean(), (numbered[-1] - numbered[0]).std() / args.eval_tasks**0.5
-    verdict = "helps" if gain > 3 * stderr else "harms" if gain < -3 * stderr else "makes no difference"
-    print(f"Adaptation {verdict}: the last return less the first is {gain:.3f} ± {stderr:.3f}.")
-    print(f"evaluate again: {shlex.join(['python', sys.argv[0], '--evaluate', path])}")
+    print(f"\nreturn on {args.eval_tasks} held-out tasks; gain: the last one minus the first")
+    for name, x in results["heldout"].items():
+        print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
+    score = gain.mean() / gain.std() * len(gain) ** 0.5
+    print("Adaptation", "helps." if score > 3 else "harms." if score < -3 else "makes no difference.")

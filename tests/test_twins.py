@@ -14,6 +14,7 @@ TEXTS = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 SECTIONS = ["TASK FAMILIES", "AGENT", "ALGORITHM", "PLUMBING", "SETTINGS", "SETUP", "TRAINING", "LOGGING", "CLOSING"]
 # What is the algorithm itself, and so differs: everything else of one name has one text.
 DIFFERENT = {"Args", "Agent", "rollout", "compute_gae", "meta_loss", "evaluate"}
+SIZES = {"mrl_rl2": (590, 23_000), "mrl_maml": (700, 26_000)}  # at most so many lines, and characters of code
 each = pytest.mark.parametrize("script", SCRIPTS)
 pairs = pytest.mark.parametrize("one, two", list(combinations(SCRIPTS, 2)))
 
@@ -36,7 +37,7 @@ def test_functions_and_classes_of_one_name_have_one_text(one, two):
 def test_plumbing_flags_are_the_same(one, two):
     """The flags above `# Algorithm specific arguments` differ in their default values alone."""
     blocks = [definitions(script)["Args"].split("# Algorithm specific arguments")[0] for script in (one, two)]
-    assert len({re.sub(r" = .*", "", block) for block in blocks}) == 1
+    assert len({re.sub(r" = .*?(  #.*)?$", r"\1", block, flags=re.MULTILINE) for block in blocks}) == 1
 
 
 @pairs
@@ -73,3 +74,9 @@ def test_script_pins_what_requirements_pin(script):
     pins = re.findall(r'"([^"]+==[^"]+)"', TEXTS[script].split("# ///")[1])
     assert sorted(pins) == sorted((ROOT / "requirements.txt").read_text().split())
 
+
+@pytest.mark.parametrize("script", SIZES)
+def test_scripts_stay_small(script):
+    code = re.sub(r'^ *""".*?"""$|(^|  ) *# .*?$', "", TEXTS[script], flags=re.DOTALL | re.MULTILINE)
+    size = len(TEXTS[script].splitlines()), sum(len(line.strip()) for line in code.splitlines())
+    assert all(found <= most for found, most in zip(size, SIZES[script], strict=True)), size
