@@ -12,21 +12,19 @@ knows a normal distribution of the weights w, mean m and covariance C, and an ac
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
-where Q is that of the mean m, and sigma its standard deviation. The critic is temporal-difference learning by a Kalman filter
-(Engel et al. 2005, Geist & Pietquin 2010), the actor a step of natural policy gradient from pi_theta; no gradient steps are
-taken in a task. The outer loop learns what guides them, over many tasks:
+where Q is that of m, and sigma its standard deviation: temporal-difference learning by a Kalman filter (Engel et al. 2005,
+Geist & Pietquin 2010), and a step of natural policy gradient from pi_theta. The outer loop learns what guides them:
 
     meta-policy              pi_theta and the temperature       by PPO, for the return of the whole trial
     meta action selection    the optimism beta                  by PPO, for the return of the whole trial
     meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L) of the model
 
-PPO learns from what was known at each step, as it was stored; so the two losses share no parameter. m and C are PPO's memory,
-as the hidden state is that of RL². The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+m and C are PPO's memory, as the hidden state is that of RL², stored at each step: so the two losses share no parameter. The
+algorithm is # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
     python mrl_actor_critic.py --env-id mrl_rl2:GridNavi-v0            # any family of the other scripts, or your own
-    tensorboard --logdir runs
 
 Shapes: M trials in a meta-batch, E episodes a trial, L steps a trial, D observation size, A action size, I input size of the
 networks, K size of x(a), F size of f(s), S real steps of all trials.
@@ -66,7 +64,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, such as k 5 n 100
-    total_timesteps: int = 2_000_000  # environment steps of the whole training
+    total_timesteps: int = 3_000_000  # environment steps of the whole training
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
@@ -84,8 +82,6 @@ class Args:
     meta_action_selection: bool = True  # learn the optimism, or do without
     hidden_size: int = 128  # units of each of the two hidden layers, of policy and value network
     num_features: int = 32  # most places of the critic, each with a feature of its own
-    temperature: float = 0.1  # temperature of the actor at the start, in units of rewards
-    critic_gamma: float = 0.4  # discount factor of the critic in a task
     gamma: float = 0.99  # discount factor, over the whole trial
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
@@ -123,9 +119,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
 
 class TabularMDP(TaskVectorEnv):
-    """10 states, 5 actions, P(.|s,a) ~ Dirichlet(1), mean rewards ~ N(1, 1), observed with noise N(0, 1); 10 steps an
-    episode from state 0, n episodes a trial; the observation is the state, one-hot (Duan et al. 2016, 3.2). A task holds the
-    transitions and, last of the 11, the mean rewards."""
+    """10 states, 5 actions, P(.|s,a) ~ Dirichlet(1), mean rewards ~ N(1, 1), observed with noise N(0, 1); 10 steps an episode
+    from state 0, n episodes a trial; observed is the state, one-hot (Duan et al. 2016, 3.2). A task: (10, 5, 10 + 1)."""
 
     def __init__(self, num_envs=1, max_episode_steps=10, n=10):
         self.episodes_per_trial = n
@@ -169,7 +164,7 @@ class Agent(nn.Module):
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
         self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(obs.std(0, correction=0).clamp(min=0.1))
-        self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().sqrt() if rewards.any() else torch.ones(()))
+        self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt())  # 1 if there were none
         self.return_mean, self.return_std = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
         # Meta-value function: places, each of them the farthest from those before; the prior of the weights; the noise.
         obs, places = self.encode(obs), []
@@ -182,24 +177,22 @@ class Agent(nn.Module):
         reach = 1.0 if self.tabular else 2.0  # a trained agent goes further
         self.places = nn.Parameter(reach * torch.stack(places))
         self.log_width = nn.Parameter((0.4 * reach * spacing).log())
+        self.critic_gamma = 0.4
         K, F = self.action_dim + (not self.discrete), len(places) + (0 if self.tabular else 1 + obs.shape[1])
-        self.prior_mean = nn.Parameter(torch.zeros(K, F))
-        level = rewards.mean() / self.reward_scale / (1 - args.critic_gamma)  # the mean reward at every step
+        self.prior_mean, self.log_precision = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
+        level = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # the mean reward at every step
         self.prior_mean.data[slice(None) if self.discrete else 0, slice(None) if self.tabular else 0] = level
-        self.log_precision = nn.Parameter(torch.zeros(K, F))
         self.log_noise = nn.Parameter(torch.tensor(0.5).log())
-        self.critic_gamma = args.critic_gamma
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
         inputs = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3  # see `make_input`
         self.policy = make_network(inputs, args.hidden_size, self.action_dim, last_gain=0.01)
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
-        self.log_temperature = nn.Parameter(torch.tensor(args.temperature).log())
+        self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
         self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)
-        nn.ParameterList([self.places, self.log_width, self.prior_mean, self.log_precision, self.log_noise]).requires_grad_(
-            args.meta_value
-        )
+        critic = [self.places, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
+        nn.ParameterList(critic).requires_grad_(args.meta_value)
         nn.ParameterList([*self.policy.parameters(), self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
         self.optimism.requires_grad_(args.meta_action_selection)
 
@@ -231,18 +224,16 @@ class Agent(nn.Module):
 
     def make_input(self, obs, features, posterior, q, covariance, time):
         """What policy and value network read (M, I): the encoded observation (M, D), its features (M, F), what was learned of
-        the weights and how well, Q here and its deviation, time (M, 3), and the way (M, D) to the most valuable places: the
-        best as far as is known, and the best that may be."""
+        the weights and how well, Q here and its deviation, time (M, 3), and the ways (M, D) to the most valuable places: as
+        far as is known, and as may be."""
         learned = (posterior.mean - posterior.prior_mean).flatten(1)
         known = 1 - (posterior.variance / posterior.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
         place_features = self.critic_features(self.places)  # (places, F)
         mean = posterior.mean @ place_features.mT  # (M, K, places)
         optimistic = mean + (posterior.variance @ place_features.mT**2).clamp(min=1e-8).sqrt()
-        ways = []
-        for place_q in (mean, optimistic):
-            values = place_q.amax(1) if self.discrete else place_q[:, 0]
-            ways.append((values / 0.1).softmax(-1) @ self.places - obs)
+        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, optimistic))  # (M, places)
+        ways = [(x / 0.1).softmax(-1) @ self.places - obs for x in values]
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([obs, features, learned, known, q, sigma, time, *ways], dim=-1)
 
@@ -275,7 +266,7 @@ class Posterior:
         self.prior_mean, self.prior_variance, self.noise = agent.prior()
         self.mean = self.prior_mean.expand(num_tasks, -1, -1)  # (M, K, F)
         self.variance = self.prior_variance.expand(num_tasks, -1, -1)  # the diagonal of C
-        self.v, self.t = self.mean.new_zeros(num_tasks, 64, *self.prior_mean.shape), 0
+        self.v, self.t = self.mean.new_zeros(num_tasks, 64, *self.prior_mean.shape), 0  # (M, t or more, K, F)
 
     def predict(self, features):
         """Mean (M, K) and covariance (M, K, K) of q = w f(s), hence of Q(s, a) = x(a)'q, for f(s) (M, F)."""
@@ -288,15 +279,14 @@ class Posterior:
     def update(self, d, rewards):
         """One step of Kalman temporal-difference learning, with d (M, K, F) and rewards (M)."""
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
-        projections = d.flatten(1)[:, None] @ v.mT  # v_i'd (M, 1, t)
-        gain = self.prior_variance * d - (projections @ v).view_as(d)  # C d
+        gain = self.prior_variance * d - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)  # C d
         variance = self.noise + torch.einsum("mkf,mkf->m", d, gain)[:, None, None]
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
         self.mean = self.mean + gain * errors / variance
+        self.variance = self.variance - gain**2 / variance
         if self.t == self.v.shape[1]:
             self.v = torch.cat([self.v, torch.zeros_like(self.v)], dim=1)
         self.v[:, self.t] = gain / variance.sqrt()
-        self.variance = self.variance - self.v[:, self.t] ** 2
         self.t += 1
 
 
@@ -308,7 +298,8 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     ...), inputs (L, M, I), q (L, M, K) and its covariance (L, M, K, K), next_x (L, M, K), which is gamma E x(a') or zero after
     a terminal step, and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
-    set_tasks(envs, tasks)
+    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
+    set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     batch, posterior = [], Posterior(agent, envs.num_envs)
     episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=agent.obs_mean.device)
@@ -326,12 +317,11 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         dones = terminated | truncated
         if dones.any():
             next_obs, _ = envs.reset(options={"reset_mask": dones})
-
         masks, next_features = (episodes < num_episodes).to(obs), agent.critic_features(agent.encode(after))
         next_q = torch.einsum("mkf,mf->mk", posterior.mean, next_features)
         next_x = agent.critic_gamma * (1 - terminal[:, None]) * agent.expected_action_features(next_q)
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
-        posterior.update(d, masks * rewards / agent.reward_scale)
+        posterior.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "time": time, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
         step |= {"rewards": rewards, "masks": masks, "episodes": episodes}
@@ -350,7 +340,7 @@ def differences(x, features, next_x, next_features, masks):
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across the ends of episodes. After the
-    trial comes nothing: the value there is zero, not bootstrapped."""
+    trial comes nothing: the value there is zero."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -361,24 +351,21 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def mean_of_others(x, masks, num_explorations):
-    """For each trial the mean of x (L, M) over the other trials of its task at the same time, a baseline that does not depend
-    on the trial itself; zero where there is none."""
+    """Mean of x (L, M) over the other trials of a trial's task at the same time, zero where there is none: a baseline."""
     x, masks = (y.unflatten(1, (num_explorations, -1)) for y in (x * masks, masks))
     others = (x.sum(1, keepdim=True) - x) / (masks.sum(1, keepdim=True) - masks).clamp(min=1)
     return others.flatten(1, 2)
 
 
 def critic_loss(agent, batch, mb_inds):
-    """The evidence -log N(r; D m_0, D C_0 D' + n I) of the trials `mb_inds`, per real step. The rows of D are the d_t, their
-    part of the policy held fixed. It sums up how badly the critic predicted each reward from the steps before it, for all
-    steps at once (by the chain rule)."""
-    length = int(batch["masks"][:, mb_inds].sum(0).max())
-    mb = {name: x[:length, mb_inds].transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
+    """The evidence -log N(r; D m_0, D C_0 D' + n I) of the trials `mb_inds`, per real step, with rows d_t of D: how badly the
+    critic predicted each reward from the steps before it (chain rule), all at once. The policy's part of d_t is held fixed."""
+    mb = {name: x[:, mb_inds].transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
     errors = mb["rewards"] / agent.reward_scale - torch.einsum("mlkf,kf->ml", d, prior_mean)
-    covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT + noise * torch.eye(length).to(d)  # (M, L, L)
+    covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT + noise * torch.eye(d.shape[1]).to(d)  # (M, L, L)
     factor = torch.linalg.cholesky(covariance)
     errors = torch.linalg.solve_triangular(factor, errors[..., None], upper=False).squeeze(-1)
     losses = errors**2 / 2 + factor.diagonal(dim1=-2, dim2=-1).log()
@@ -414,12 +401,10 @@ def episode_returns(batch, num_episodes):
 
 def evaluate(agent, envs, tasks, args):
     """Returns (tasks) of the episodes, from 1, and of the whole `trial`, one of each task, always with the same noise."""
-    rng, returns, num_episodes = seed_all(args.seed, 0, EVALUATION), [], args.eval_episodes
-    for first in range(0, len(tasks), envs.num_envs):
-        chunk = [tasks[i % len(tasks)] for i in range(first, first + envs.num_envs)]
-        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
-        returns.append(episode_returns(batch, num_episodes))
-    returns = torch.cat(returns, dim=1)[:, : len(tasks)].cpu()
+    rng, num_episodes = seed_all(args.seed, 0, EVALUATION), args.eval_episodes
+    repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
+    batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
+    returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
     return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
 
 
@@ -492,7 +477,7 @@ def make_envs(args, num_envs):
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
-        assert "<Normalize" not in printed, "NormalizeObservation and NormalizeReward keep statistics; no checkpoint has them"
+        assert "<Normalize" not in printed, "leave out Normalize wrappers: no checkpoint holds their statistics"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -504,12 +489,6 @@ def sample_tasks(envs, num_tasks, rng):
     if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
         fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
     return list(tasks)
-
-
-def set_tasks(envs, tasks):
-    """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
-    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
-    set_attr("task", [copy.deepcopy(task) for task in tasks])
 
 
 def to_env(actions, space):
@@ -532,7 +511,7 @@ def step_envs(envs, actions, tasks, step):
     if wrong.any():
         fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
     if step > 20_000:
-        fail(f"--env-id: after {step} steps no end; register it with max_episode_steps")
+        fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
     return next_obs, rewards, terminated, truncated
 
 
@@ -557,7 +536,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint; give the path of a checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -569,8 +548,6 @@ if __name__ == "__main__":
         ("total_timesteps eval_every num_explorations hidden_size num_features num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
-        ("critic_gamma", 0, 0.999),
-        ("temperature", 1e-6, 1e6),
         ("torch_threads", 1, os.cpu_count()),
     ):
         for name in names.split():
@@ -585,37 +562,35 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
     heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    again = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+    if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
-    rng = seed_all(args.seed, 0, START)
+    start_seed = saved["seed"] if checkpoint else args.seed  # the places must be those of the training
+    rng = seed_all(start_seed, 0, START)
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     args.eval_episodes = int(args.eval_episodes or num_episodes)
     nothing = torch.zeros(1, envs.single_observation_space.shape[0])
     agent = Agent(nothing, nothing[:, 0], envs.single_action_space, args)
-    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, start_seed)  # by the untrained agent
     real = batch["masks"] > 0
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
+    group = WORLD_SIZE * args.num_explorations
     if args.num_tasks == 0:
         limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
         trial_steps = num_episodes * limit or real.sum().item() / 32
-        args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024))
-        args.num_tasks -= args.num_tasks % (WORLD_SIZE * args.num_explorations)
+        args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
-    if args.num_tasks % (WORLD_SIZE * args.num_explorations) or num_tasks < args.num_minibatches:
+    if args.num_tasks % group or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes * {args.num_explorations} explorations")
-    envs = make_envs(args, num_tasks)
+    envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
-    iteration, global_step, eval_rows = 0, 0, []
+    iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
-    if args.resume and global_step >= args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     path = args.evaluate or str(run_dir / "checkpoint.pt")
@@ -644,8 +619,8 @@ if __name__ == "__main__":
         advantages = advantages - mean_of_others(advantages, batch["masks"], args.num_explorations)
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
         step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
-        agent.return_mean += step * (returns[real].mean() - agent.return_mean)
-        agent.return_std += step * (returns[real].std().clamp(min=1e-3) - agent.return_std)
+        agent.return_mean.lerp_(returns[real].mean(), step)
+        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), step)
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 
@@ -682,8 +657,8 @@ if __name__ == "__main__":
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
         scalars |= {"time/rollout": rollout_time, "time/update": update_time}
         if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
-            results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
-            results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+            results = {"train": evaluate(agent, eval_envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results["heldout"] = evaluate(agent, eval_envs, heldout_tasks, args)
             scalars |= report(results, eval_rows, global_step, run_dir)
             last = [*results["heldout"]][-1]
             scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
@@ -700,15 +675,16 @@ if __name__ == "__main__":
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
 
     # CLOSING
-    if args.evaluate:
-        results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
-        report(results, [], global_step, run_dir)
-    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    results["heldout"]["gain"] = gain = numbered[-1] - numbered[0]
+    if not results:  # nothing was left to train
+        results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
+        report(results, [] if args.evaluate else eval_rows, global_step, run_dir)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
-    print(f"\nreturn on {args.eval_tasks} held-out tasks; gain: the last one minus the first")
+    print(f"\nreturn on {args.eval_tasks} held-out tasks")
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    gain = numbered[-1] - numbered[0]
     score = gain.mean() / gain.std() * len(gain) ** 0.5
-    print("Adaptation", "helps." if score > 3 else "harms." if score < -3 else "makes no difference.")
+    verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
+    print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -271,7 +271,8 @@ def rollout(agent, weights, envs, tasks, num_episodes, seed):
     rewards, masks (1: part of the episode)."""
     batch, shape = [], (len(tasks), num_episodes)
     tasks = [task for task in tasks for _ in range(num_episodes)]  # (N)
-    set_tasks(envs, tasks)
+    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
+    set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     running = np.ones(len(tasks), dtype=bool)
     while running.any():
@@ -412,12 +413,10 @@ def mean_returns(batches):
 
 def evaluate(agent, envs, tasks, args):
     """{number of adaptation steps: returns of an episode (tasks)}, always with the same random numbers."""
-    rng, returns, num_tasks = seed_all(args.seed, 0, EVALUATION), [], envs.num_envs // args.num_episodes
-    for first in range(0, len(tasks), num_tasks):
-        chunk = [tasks[i % len(tasks)] for i in range(first, first + num_tasks)]
-        batches = collect(agent, envs, chunk, args.eval_adapt_steps or args.adapt_steps, rng, args)
-        returns.append(mean_returns(batches))
-    return dict(enumerate(torch.cat(returns, dim=1)[:, : len(tasks)].cpu()))
+    rng = seed_all(args.seed, 0, EVALUATION)
+    repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]
+    batches = collect(agent, envs, repeated, args.eval_adapt_steps or args.adapt_steps, rng, args)
+    return dict(enumerate(mean_returns(batches)[:, : len(tasks)].cpu()))
 
 
 # PLUMBING: the same text in each script
@@ -489,7 +488,7 @@ def make_envs(args, num_envs):
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
-        assert "<Normalize" not in printed, "NormalizeObservation and NormalizeReward keep statistics; no checkpoint has them"
+        assert "<Normalize" not in printed, "leave out Normalize wrappers: no checkpoint holds their statistics"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -501,12 +500,6 @@ def sample_tasks(envs, num_tasks, rng):
     if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
         fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
     return list(tasks)
-
-
-def set_tasks(envs, tasks):
-    """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
-    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
-    set_attr("task", [copy.deepcopy(task) for task in tasks])
 
 
 def to_env(actions, space):
@@ -529,7 +522,7 @@ def step_envs(envs, actions, tasks, step):
     if wrong.any():
         fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
     if step > 20_000:
-        fail(f"--env-id: after {step} steps no end; register it with max_episode_steps")
+        fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
     return next_obs, rewards, terminated, truncated
 
 
@@ -554,7 +547,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint; give the path of a checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -581,8 +574,7 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
     heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    again = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+    if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
@@ -601,16 +593,14 @@ if __name__ == "__main__":
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks == 0:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes")
-    envs = make_envs(args, num_tasks * args.num_episodes)
+    envs, eval_envs = (make_envs(args, n * args.num_episodes) for n in (num_tasks, args.eval_tasks))
     if WORLD_SIZE > 1:
         dist.init_process_group()
-    iteration, global_step, eval_rows = 0, 0, []
+    iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
-    if args.resume and global_step >= args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     path = args.evaluate or str(run_dir / "checkpoint.pt")
@@ -664,8 +654,8 @@ if __name__ == "__main__":
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
         scalars |= {"time/rollout": rollout_time, "time/update": update_time}
         if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
-            results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
-            results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+            results = {"train": evaluate(agent, eval_envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results["heldout"] = evaluate(agent, eval_envs, heldout_tasks, args)
             scalars |= report(results, eval_rows, global_step, run_dir)
             last = [*results["heldout"]][-1]
             scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
@@ -682,15 +672,16 @@ if __name__ == "__main__":
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
 
     # CLOSING
-    if args.evaluate:
-        results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
-        report(results, [], global_step, run_dir)
-    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    results["heldout"]["gain"] = gain = numbered[-1] - numbered[0]
+    if not results:  # nothing was left to train
+        results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
+        report(results, [] if args.evaluate else eval_rows, global_step, run_dir)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
-    print(f"\nreturn on {args.eval_tasks} held-out tasks; gain: the last one minus the first")
+    print(f"\nreturn on {args.eval_tasks} held-out tasks")
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    gain = numbered[-1] - numbered[0]
     score = gain.mean() / gain.std() * len(gain) ** 0.5
-    print("Adaptation", "helps." if score > 3 else "harms." if score < -3 else "makes no difference.")
+    verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
+    print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -5,9 +5,9 @@
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
-A trial is E episodes of one task. In the inner loop a GRU reads each observation and the step that led there (observation,
-action, reward, end of an episode). Its hidden state goes on from episode to episode; acting on it is the adaptation, without
-a gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
+A trial is E episodes of one task. In the inner loop a GRU reads each observation and the step that led there: observation,
+action, reward, end of an episode. Acting on its hidden state, which goes on from episode to episode, is the adaptation: there
+is no gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
 
     J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
 
@@ -16,8 +16,8 @@ so advantages, too, run across the ends of episodes. The algorithm is # AGENT, #
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
 
-Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size,
-I = 2 D + A + 2 input size, H hidden size, S real steps of all trials.
+Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size, I
+input size, H hidden size, S real steps of all trials.
 """
 
 import copy
@@ -138,22 +138,19 @@ class GridNavi(TaskVectorEnv):
 
 
 class CrossModalGridNavi(GridNavi):
-    """GridNavi, each episode seen through one of two senses, the other one being zero: position (x, y in [0, 1]), or picture
-    (5x5 pixels, the agent's cell lit, with noise). A task is the goal and the senses of the four episodes (1: picture), which
-    are `mixed` (drawn for each episode), `apart` (one for the whole trial), or a pattern such as `ppvv`."""
+    """GridNavi, each episode seen through one sense, the other being zero: position (x, y in [0, 1]), or picture (5x5 noisy
+    pixels, the agent's cell lit). A task: the goal, and the senses of the episodes (1: picture). `senses` are `mixed` (drawn
+    for each episode), `apart` (one for the whole trial), or a pattern such as `ppvv`."""
 
-    def __init__(self, num_envs=1, max_episode_steps=15, senses="mixed"):
+    def __init__(self, num_envs=1, senses="mixed"):
         self.senses = senses
-        super().__init__(num_envs, max_episode_steps)
+        super().__init__(num_envs)
         self.single_observation_space = gym.spaces.Box(-1, 2, (27,))
 
     def sample_tasks(self, num_tasks, rng):
-        pictures = rng.integers(2, size=(num_tasks, 4))
-        if self.senses == "apart":
-            pictures[:] = pictures[:, :1]
-        elif self.senses != "mixed":
-            pictures[:] = [sense == "v" for sense in self.senses]
-        return np.concatenate([super().sample_tasks(num_tasks, rng), pictures], axis=1)
+        drawn = rng.integers(2, size=(num_tasks, 4))
+        senses = {"mixed": drawn, "apart": drawn[:, :1]}.get(self.senses, [sense == "v" for sense in self.senses])
+        return np.hstack([super().sample_tasks(num_tasks, rng), np.broadcast_to(senses, drawn.shape)])
 
     def reset(self, *, seed=None, options=None):
         self.episode = self.episode + 1 if options else 0  # all episodes are equally long
@@ -161,9 +158,8 @@ class CrossModalGridNavi(GridNavi):
 
     def observe(self):
         picture = self.tasks[:, 2 + self.episode % 4, None]
-        pixels = np.eye(25)[(5 * self.state[:, 0] + self.state[:, 1]).astype(int)]
-        pixels = pixels + 0.1 * self.np_random.standard_normal(pixels.shape)
-        return np.concatenate([(1 - picture) * self.state / 4, picture * pixels], axis=-1).astype(np.float32)
+        pixels = np.eye(25)[self.state.astype(int) @ [5, 1]] + 0.1 * self.np_random.standard_normal((self.num_envs, 25))
+        return np.hstack([(1 - picture) * self.state / 4, picture * pixels]).astype(np.float32)
 
 
 for family in (Bandit, GridNavi, CrossModalGridNavi):
@@ -189,8 +185,7 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.hypernetwork.weight, 0.01)
         self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
-        self.reward_scale = nn.Buffer(torch.ones(()))
-        self.return_mean, self.return_std = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
+        self.reward_scale, self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (1.0, 0.0, 1.0))
         if args.init_as_memory:
             self.init_as_memory(code_dim)
 
@@ -209,8 +204,7 @@ class Agent(nn.Module):
     def set_units(self, obs, rewards):
         """Sets the units from observations (S, D) and rewards (S), once and for all: what the network reads must not drift."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
-        if rewards.any():
-            self.reward_scale = (rewards[rewards != 0] ** 2).mean().sqrt()
+        self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt()  # 1 if there were none
 
     def make_input(self, obs, previous=None):
         """What the GRU reads (M, I): observations (M, D) and the previous step, its (observations (M, D), actions (M, ...),
@@ -221,23 +215,20 @@ class Agent(nn.Module):
         actions = nn.functional.one_hot(actions, self.action_dim) if self.discrete else actions
         return torch.cat([obs, previous_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
 
-    def forward(self, inputs, hidden=None, real=None, segment=16):
-        """Policy and values (L, M) at inputs (L, M, I), and the hidden state (1, M, H) after the last; `hidden` is the one
-        before the first. With the `real` steps (L, M) of trials sorted longest first, all are of real steps only (S): trials
-        drop out where they end, so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
+    def forward(self, inputs, real, hidden=None, segment=16):
+        """Policy and values (S) at the `real` steps (L, M) of inputs (L, M, I), and the hidden state (1, M, H) after the last;
+        `hidden` is the one before the first. Trials sorted longest first drop out at the segment after their end, so that time
+        follows the real steps (a packed sequence takes 2 to 7 times as long)."""
         obs, others = inputs.split([2 * self.obs_dim, self.action_dim + 2], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
         codes = self.encoder(obs.clamp(-10, 10).flatten(0, 2)).unflatten(0, obs.shape[:3])
-        inputs, codes = torch.cat([codes.flatten(2), others], dim=-1), codes[:, :, 0]
-        if real is None:
-            memory, hidden = self.gru(inputs, hidden)  # (L, M, H)
-        else:
-            memory, codes, hidden = [], codes[real], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size)
-            for x, mask in zip(inputs.split(segment), real.split(segment), strict=True):
-                running = mask[0].sum()
-                states, hidden = self.gru(x[:, :running], hidden[:, :running])
-                memory.append(states[mask[:, :running]])
-            memory = torch.cat(memory)  # (S, H)
+        inputs, codes = torch.cat([codes.flatten(2), others], dim=-1), codes[:, :, 0][real]
+        memory, hidden = [], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size) if hidden is None else hidden
+        for x, mask in zip(inputs.split(segment), real.split(segment), strict=True):
+            running = mask[0].sum()
+            states, hidden = self.gru(x[:, :running], hidden[:, :running])
+            memory.append(states[mask[:, :running]])
+        memory = torch.cat(memory)  # (S, H)
         weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, -1))
         features = self.trunk(torch.cat([memory, codes], dim=-1))
         params = self.heads(features) + (weights @ codes[..., None]).squeeze(-1)  # (..., A + 1)
@@ -254,22 +245,23 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; those that have ended go on, masked, until all have.
     Without `explore`, takes the most probable actions. Returns a dict: inputs (L, M, I), actions (L, M, ...), and (L, M) each:
     logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
-    set_tasks(envs, tasks)
+    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
+    set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     batch, previous, hidden = [], None, None
     episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=agent.obs_mean.device)
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
         inputs = agent.make_input(obs, previous)
-        policy, values, hidden = agent(inputs[None], hidden)
-        actions = policy.sample() if explore else policy.mode  # (1, M, ...)
-        next_obs, rewards, terminated, truncated = step_envs(envs, actions[0], tasks, len(batch))
+        policy, values, hidden = agent(inputs[None], torch.ones_like(episodes[None], dtype=torch.bool), hidden)
+        actions = policy.sample() if explore else policy.mode  # (M, ...)
+        next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(batch))
         dones = terminated | truncated
         if dones.any():
             next_obs, _ = envs.reset(options={"reset_mask": dones})
         rewards, dones = torch.as_tensor(rewards).to(obs), torch.as_tensor(dones).to(obs)
-        previous = obs, actions[0], rewards, dones
-        step = {"inputs": inputs, "actions": actions[0], "logprobs": policy.log_prob(actions)[0], "values": values[0]}
+        previous = obs, actions, rewards, dones
+        step = {"inputs": inputs, "actions": actions, "logprobs": policy.log_prob(actions), "values": values}
         step |= {"rewards": rewards, "masks": (episodes < num_episodes).to(obs), "episodes": episodes}
         batch.append(step)
         episodes = episodes + dones.long()
@@ -278,7 +270,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across the ends of episodes. After the
-    trial comes nothing: the value there is zero, not bootstrapped."""
+    trial comes nothing: the value there is zero."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -295,7 +287,7 @@ def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]  # longest first
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
     real = mb["masks"] > 0
-    policy, newvalues, _ = agent(mb["inputs"], real=real)
+    policy, newvalues, _ = agent(mb["inputs"], real)
     logratio = policy.log_prob(mb["actions"][real]) - mb["logprobs"][real]  # (S)
     ratio, advantages = logratio.exp(), mb["advantages"][real]
     losses = {
@@ -317,12 +309,10 @@ def episode_returns(batch, num_episodes):
 
 def evaluate(agent, envs, tasks, args):
     """{1: returns (tasks) of episode 1, 2: ..., "trial": of all episodes}, always with the same random numbers."""
-    rng, returns, num_episodes = seed_all(args.seed, 0, EVALUATION), [], family_attribute(envs, "episodes_per_trial", 2)
-    for first in range(0, len(tasks), envs.num_envs):
-        chunk = [tasks[i % len(tasks)] for i in range(first, first + envs.num_envs)]
-        batch = rollout(agent, envs, chunk, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
-        returns.append(episode_returns(batch, num_episodes))
-    returns = torch.cat(returns, dim=1)[:, : len(tasks)].cpu()
+    rng, num_episodes = seed_all(args.seed, 0, EVALUATION), family_attribute(envs, "episodes_per_trial", 2)
+    repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
+    batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
+    returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
     return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
 
 
@@ -395,7 +385,7 @@ def make_envs(args, num_envs):
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
-        assert "<Normalize" not in printed, "NormalizeObservation and NormalizeReward keep statistics; no checkpoint has them"
+        assert "<Normalize" not in printed, "leave out Normalize wrappers: no checkpoint holds their statistics"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -407,12 +397,6 @@ def sample_tasks(envs, num_tasks, rng):
     if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
         fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
     return list(tasks)
-
-
-def set_tasks(envs, tasks):
-    """Gives each sub-environment a copy of its task, so that a family that changes its task changes nothing else."""
-    set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
-    set_attr("task", [copy.deepcopy(task) for task in tasks])
 
 
 def to_env(actions, space):
@@ -435,7 +419,7 @@ def step_envs(envs, actions, tasks, step):
     if wrong.any():
         fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
     if step > 20_000:
-        fail(f"--env-id: after {step} steps no end; register it with max_episode_steps")
+        fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
     return next_obs, rewards, terminated, truncated
 
 
@@ -460,7 +444,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: missing, or not a whole checkpoint; give the path of a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint; give the path of a checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -486,8 +470,7 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
     heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    again = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+    if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
@@ -504,16 +487,14 @@ if __name__ == "__main__":
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes, at least one task per minibatch")
-    envs = make_envs(args, num_tasks)
+    envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
-    iteration, global_step, eval_rows = 0, 0, []
+    iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
-    if args.resume and global_step >= args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps}: {global_step} are done already; give more")
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     path = args.evaluate or str(run_dir / "checkpoint.pt")
@@ -541,8 +522,8 @@ if __name__ == "__main__":
         batch["returns"] = returns = advantages + values
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
         step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
-        agent.return_mean += step * (returns[real].mean() - agent.return_mean)
-        agent.return_std += step * (returns[real].std().clamp(min=1e-3) - agent.return_std)
+        agent.return_mean.lerp_(returns[real].mean(), step)
+        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), step)
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 
@@ -576,8 +557,8 @@ if __name__ == "__main__":
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
         scalars |= {"time/rollout": rollout_time, "time/update": update_time}
         if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
-            results = {"train": evaluate(agent, envs, (train_tasks or tasks)[: args.eval_tasks], args)}
-            results["heldout"] = evaluate(agent, envs, heldout_tasks, args)
+            results = {"train": evaluate(agent, eval_envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results["heldout"] = evaluate(agent, eval_envs, heldout_tasks, args)
             scalars |= report(results, eval_rows, global_step, run_dir)
             last = [*results["heldout"]][-1]
             scalars["eval/generalization_gap"] = results["train"][last].mean() - results["heldout"][last].mean()
@@ -594,15 +575,16 @@ if __name__ == "__main__":
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
 
     # CLOSING
-    if args.evaluate:
-        results = {"heldout": evaluate(agent, envs, heldout_tasks, args)}
-        report(results, [], global_step, run_dir)
-    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    results["heldout"]["gain"] = gain = numbered[-1] - numbered[0]
+    if not results:  # nothing was left to train
+        results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
+        report(results, [] if args.evaluate else eval_rows, global_step, run_dir)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
-    print(f"\nreturn on {args.eval_tasks} held-out tasks; gain: the last one minus the first")
+    print(f"\nreturn on {args.eval_tasks} held-out tasks")
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
+    numbered = [x for name, x in results["heldout"].items() if name != "trial"]
+    gain = numbered[-1] - numbered[0]
     score = gain.mean() / gain.std() * len(gain) ** 0.5
-    print("Adaptation", "helps." if score > 3 else "harms." if score < -3 else "makes no difference.")
+    verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
+    print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -1,4 +1,4 @@
-"""The mathematics of mrl_actor_critic.py: posterior, evidence, actor, advantages, units, and its task family."""
+"""The mathematics of mrl_actor_critic.py: posterior, evidence, actor, features, advantages, units, and its task family."""
 
 import sys
 from pathlib import Path
@@ -29,6 +29,7 @@ class EarlyEnd(TaskVectorEnv):
 
     def __init__(self, num_envs, action_space):
         super().__init__(num_envs, 6, gym.spaces.Box(-9, 9, (2,)), action_space)
+        self.terminated = []  # of each step
 
     def sample_tasks(self, num_tasks, rng):
         return rng.normal(size=num_tasks)
@@ -37,21 +38,24 @@ class EarlyEnd(TaskVectorEnv):
         self.state = self.state + self.np_random.normal(size=self.state.shape)
         self.steps += 1
         rewards = self.tasks + self.state[:, 0] + np.reshape(actions, (self.num_envs, -1)).sum(-1)
-        return self.observe(), rewards, self.np_random.random(self.num_envs) < 0.25, self.steps >= 6, {}
+        self.terminated.append(self.np_random.random(self.num_envs) < 0.2)
+        return self.observe(), rewards, self.terminated[-1], self.steps >= 6, {}
 
 
 def make_agent(space, obs_dim=2, **settings):
     """An agent in general position: every parameter, also those that start at zero, has some value."""
-    agent = Agent(obs_dim, space, Args(hidden_size=8, num_features=2, **settings))
+    obs, rewards = 1 + 2 * torch.randn(20, obs_dim), 1.7 * torch.randn(20)
+    agent = Agent(obs, rewards, space, Args(**{"hidden_size": 8, "num_features": 2} | settings))
     for parameter in agent.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    agent.reward_scale.fill_(1.7)
+    agent.return_mean.fill_(0.3), agent.return_std.fill_(1.5)
     return agent
 
 
 def play(space, num_episodes=2, **settings):
     agent, envs = make_agent(space, **settings), EarlyEnd(4, space)
     batch = rollout(agent, envs, list(envs.sample_tasks(4, np.random.default_rng(0))), num_episodes, 1)
+    batch["terminated"] = torch.as_tensor(np.stack(envs.terminated))
     batch["advantages"], batch["returns"] = torch.randn_like(batch["rewards"]), torch.randn_like(batch["rewards"])
     assert 0 < batch["masks"].mean() < 1  # some trials end before others
     return agent, batch
@@ -59,14 +63,13 @@ def play(space, num_episodes=2, **settings):
 
 def rows(agent, batch):
     """d (L, M, K F), by the definition, and rewards in the critic's units."""
-    x, f = agent.action_features(batch["actions"]), agent.critic_features(batch["obs"])
-    following = batch["next_x"][..., None] * agent.critic_features(batch["next_obs"])[..., None, :]
-    return (x[..., None] * f[..., None, :] - following).flatten(2), batch["rewards"] / agent.reward_scale
+    f, next_f = (agent.critic_features(agent.encode(batch[name]))[..., None, :] for name in ("obs", "next_obs"))
+    d = agent.action_features(batch["actions"])[..., None] * f - batch["next_x"][..., None] * next_f
+    return d.flatten(2), batch["rewards"] / agent.reward_scale
 
 
-@pytest.mark.parametrize("steps", [5, 70])
-def test_posterior_is_kalman_filter_and_batch_regression(steps):
-    agent = make_agent(SPACES[0])
+def test_posterior_is_batch_regression():
+    agent, steps = make_agent(SPACES[0]), 70
     with torch.no_grad():
         mean, variance, noise = agent.prior()
         posterior, d, r = Posterior(agent, 2), torch.randn(steps, 2, *mean.shape), torch.randn(steps, 2)
@@ -75,41 +78,67 @@ def test_posterior_is_kalman_filter_and_batch_regression(steps):
         f = torch.randn(2, mean.shape[1])
         q, covariance = posterior.predict(f)
         for m in range(2):
-            w, C = mean.flatten(), variance.flatten().diag()
-            for row, reward in zip(d[:, m].flatten(1), r[:, m], strict=True):
-                gain = C @ row / (noise + row @ C @ row)
-                w, C = w + gain * (reward - row @ w), C - torch.outer(gain, row @ C)
             D, prior = d[:, m].flatten(1), (1 / variance.flatten()).diag()
-            batch_C = torch.linalg.inv(prior + D.T @ D / noise)
-            batch_w = batch_C @ (prior @ mean.flatten() + D.T @ r[:, m] / noise)
+            C = torch.linalg.inv(prior + D.T @ D / noise)
+            w = C @ (prior @ mean.flatten() + D.T @ r[:, m] / noise)
             X = torch.kron(torch.eye(len(mean)), f[m][None])  # q = X w
-            for exact_w, exact_C in ((w, C), (batch_w, batch_C)):
-                torch.testing.assert_close(posterior.mean[m].flatten(), exact_w)
-                torch.testing.assert_close(posterior.variance[m].flatten(), exact_C.diagonal())
-                torch.testing.assert_close(q[m], X @ exact_w)
-                torch.testing.assert_close(covariance[m], X @ exact_C @ X.T)
+            torch.testing.assert_close(posterior.mean[m].flatten(), w)
+            torch.testing.assert_close(posterior.variance[m].flatten(), C.diagonal())
+            torch.testing.assert_close(q[m], X @ w)
+            torch.testing.assert_close(covariance[m], X @ C @ X.T)
 
 
 @pytest.mark.parametrize("space", SPACES)
 def test_critic_loss_is_the_evidence(space):
     agent, batch = play(space)
     with torch.no_grad():
-        loss, (d, r), (mean, variance, noise) = critic_loss(agent, batch, torch.arange(4)), rows(agent, batch), agent.prior()
-        joint, chain = 0.0, 0.0
+        (d, r), (mean, variance, noise), evidence = rows(agent, batch), agent.prior(), 0.0
         for m in range(4):
             real = batch["masks"][:, m] > 0
             D, rewards = d[real, m], r[real, m]
             covariance = (D * variance.flatten()) @ D.T + noise * torch.eye(len(D))
-            joint -= torch.distributions.MultivariateNormal(D @ mean.flatten(), covariance).log_prob(rewards)
-            posterior = Posterior(agent, 1)
-            for row, reward in zip(D, rewards, strict=True):
-                v = posterior.v[0, : posterior.t].flatten(1)
-                spread = row**2 @ variance.flatten() - (v @ row).square().sum() + noise
-                chain -= torch.distributions.Normal(row @ posterior.mean.flatten(), spread.sqrt()).log_prob(reward)
-                posterior.update(row.view(1, *mean.shape), reward[None])
-    constant = 0.5 * np.log(2 * np.pi)
-    torch.testing.assert_close(loss, joint / batch["masks"].sum() - constant)
-    torch.testing.assert_close(loss, chain / batch["masks"].sum() - constant)
+            normal = torch.distributions.MultivariateNormal(D @ mean.flatten(), covariance)
+            evidence += normal.log_prob(rewards) + 0.5 * np.log(2 * np.pi) * len(D)
+        loss = critic_loss(agent, batch, torch.arange(4))
+    torch.testing.assert_close(loss, -evidence / batch["masks"].sum())
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_rollout_is_its_replay(space):
+    """All that was stored, once more from obs, actions and rewards, trial by trial, by a Kalman filter of whole matrices."""
+    agent, batch = play(space, num_episodes=3)
+    episodes, terminated = batch["episodes"], batch["terminated"]
+    with torch.no_grad():
+        (d, r), (mean, variance, noise), at_places = rows(agent, batch), agent.prior(), agent.critic_features(agent.places)
+        for m in range(4):
+            w, C, step = mean.flatten(), variance.flatten().diag(), 0
+            for t in range(len(r)):
+                stored = {name: x[t, m] for name, x in batch.items()}
+                s, next_s = ((stored[name] - agent.obs_mean) / agent.obs_std for name in ("obs", "next_obs"))
+                f, W, V = agent.critic_features(s), w.view_as(mean), C.diagonal().view_as(mean)
+                X, left = torch.kron(torch.eye(len(mean)), f[None]), max(3 - int(episodes[t, m]), 1)
+                new = {"q": X @ w, "covariance": X @ C @ X.T, "time": torch.tensor([left / 3, 1 / left, 1 - step / 6])}
+                inputs = [s, f, w - mean.flatten(), (1 - V / variance).flatten(), new["q"] - agent.discrete * new["q"].mean()]
+                inputs += [new["covariance"].diagonal().sqrt(), new["time"]]
+                for place_q in (at_places @ W.T, at_places @ W.T + (at_places**2 @ V.T).sqrt()):
+                    weights = ((place_q.max(1).values if agent.discrete else place_q[:, 0]) / 0.1).exp()
+                    inputs.append(weights @ agent.places / weights.sum() - s)
+                new["inputs"], following = torch.cat(inputs), W @ agent.critic_features(next_s) / 0.5
+                new["values"] = agent.return_mean + agent.return_std * agent.value(new["inputs"])[0]
+                softmax = following.exp() / following.exp().sum()
+                following = softmax if agent.discrete else torch.cat([torch.ones(1), following[1:].clamp(-1, 1)])
+                new["next_x"] = agent.critic_gamma * following * ~terminated[t, m]
+                new["masks"] = (episodes[t, m] < 3).double()
+                for name, x in new.items():
+                    torch.testing.assert_close(stored[name], x, msg=f"{name} of step {t} of trial {m}")
+                if new["masks"]:
+                    gain = C @ d[t, m] / (noise + d[t, m] @ C @ d[t, m])
+                    w, C = w + gain * (r[t, m] - d[t, m] @ w), C - torch.outer(gain, d[t, m] @ C)
+                step = 0 if terminated[t, m] or step == 5 else step + 1
+                if t + 1 < len(r):
+                    assert episodes[t + 1, m] == episodes[t, m] + (step == 0)
+                    assert torch.equal(batch["obs"][t + 1, m], stored["next_obs"] * (step > 0))
+    assert (batch["next_x"][..., 1:].abs() == agent.critic_gamma).any() != agent.discrete  # the clamp was met
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -138,29 +167,22 @@ def test_gradients_are_finite_differences(space, part):
 def test_masked_steps_change_nothing(space):
     agent, batch = play(space)
     changed = dict(batch)
-    for name in ("obs", "next_obs", "rewards", "advantages", "returns", "logprobs", "q"):
+    for name in ("obs", "next_obs", "next_x", "inputs", "q", "time", "rewards", "advantages", "returns", "logprobs"):
         masks = batch["masks"].view(*batch["masks"].shape, *[1] * (batch[name].dim() - 2))
         changed[name] = batch[name] + 5 * (1 - masks)
     torch.testing.assert_close(critic_loss(agent, changed, torch.arange(4)), critic_loss(agent, batch, torch.arange(4)))
     before, after = (meta_loss(agent, x, torch.arange(4)) for x in (batch, changed))
     torch.testing.assert_close(before, after, rtol=0, atol=0)
-    posterior = Posterior(agent, 1)
-    posterior.update(torch.randn(1, *agent.prior_mean.shape), torch.ones(1))
-    old = posterior.mean, posterior.variance
-    f = torch.ones(1, agent.prior_mean.shape[1])
-    d = script.differences(torch.ones(1, len(agent.prior_mean)), f, 0 * agent.prior_mean[None, :, 0], f, torch.zeros(1))
-    posterior.update(d, torch.zeros(1))
-    torch.testing.assert_close((posterior.mean, posterior.variance), old, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("space", SPACES)
 def test_actor_in_closed_form(space):
     agent, batch = play(space)
-    i, q, C = (batch[name][3, 0] for name in ("inputs", "q", "covariance"))
+    i, q, C, time = (batch[name][3, 0] for name in ("inputs", "q", "covariance", "time"))
     with torch.no_grad():
-        policy, start, temperature = agent.actor(i, q, C), agent.policy(i), agent.log_temperature.exp()
+        policy, start, temperature = agent.actor(i, q, C, time), agent.policy(i), agent.log_temperature.exp()
         a, b, c = agent.optimism
-        beta = a + b * (1 / i[-2]).log() + c * i[-1]
+        beta = a + b * (1 / time[1]).log() + c * time[2]
     if agent.discrete:
         weights = start.softmax(-1) * ((q + beta * C.diagonal().sqrt()) / temperature).exp()
         torch.testing.assert_close(policy.probs, weights / weights.sum())
@@ -176,10 +198,25 @@ def test_actor_in_closed_form(space):
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_ratio_is_one_before_any_step(space):
+def test_meta_loss_is_clipped_ppo(space):
     agent, batch = play(space)
     losses = meta_loss(agent, batch, torch.arange(4), clip_coef=1e-5)
-    assert losses["clipfrac"] == 0 and losses["approx_kl"].abs() < 1e-10
+    assert losses["clipfrac"] == 0 and losses["approx_kl"].abs() < 1e-10  # the ratio is one before any step
+    real, shift = batch["masks"] > 0, 0.3 * torch.randn_like(batch["masks"])
+    losses = meta_loss(agent, batch | {"logprobs": batch["logprobs"] - shift}, torch.arange(4))
+    ratio, advantages = shift[real].exp(), batch["advantages"][real]
+    ratio = torch.where(advantages > 0, ratio.clamp(max=1.2), ratio.clamp(min=0.8))
+    torch.testing.assert_close(losses["policy_loss"], -(ratio * advantages).mean())
+    errors = (batch["values"] - batch["returns"])[real] / agent.return_std
+    torch.testing.assert_close(losses["value_loss"], errors.square().mean())
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_without_exploration_actions_are_the_most_probable(space):
+    agent = make_agent(space)
+    batch = rollout(agent, EarlyEnd(4, space), [0.0] * 4, 2, 1, explore=False)
+    policy = agent.actor(*(batch[name] for name in ("inputs", "q", "covariance", "time")))
+    torch.testing.assert_close(batch["actions"], policy.mode)
 
 
 def test_gae_against_its_definition():
@@ -194,31 +231,88 @@ def test_gae_against_its_definition():
             torch.testing.assert_close(advantages[t, m], expected)
 
 
+@pytest.mark.parametrize("num_explorations", [1, 3])
+def test_mean_of_others_against_its_definition(num_explorations):
+    x, lengths = torch.randn(5, 2 * num_explorations), [5, 3, 2, 4, 3, 1][: 2 * num_explorations]
+    masks = (torch.arange(5)[:, None] < torch.tensor(lengths)).double()
+    means, tasks = script.mean_of_others(x, masks, num_explorations), [0, 1] * num_explorations  # as the training repeats them
+    for t in range(5):
+        for m, task in enumerate(tasks):
+            others = [x[t, k] for k in range(len(tasks)) if k != m and tasks[k] == task and masks[t, k]]
+            torch.testing.assert_close(means[t, m], sum(others, torch.zeros(())) / max(len(others), 1))
+
+
+def test_places_and_features_of_few_observations():
+    """A place for each distinct one, where its own feature is the largest."""
+    distinct = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
+    obs = distinct[[3, 3, 0, 1, 4, 2, 0, 1, 2, 2]]
+    agent = Agent(obs, torch.zeros(10), SPACES[0], Args(num_features=5))
+    assert agent.tabular and agent.places.shape == (5, 2)
+    features = agent.critic_features(agent.encode(distinct))
+    torch.testing.assert_close(agent.places[features.argmax(-1)], (distinct - obs.mean(0)) / obs.std(0, correction=0))
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(5))
+    assert not Agent(obs, torch.zeros(10), SPACES[0], Args(num_features=4)).tabular
+
+
+def test_places_and_features_of_many_observations():
+    obs = torch.randn(60, 2) * torch.tensor([3.0, 0.01]) + 5
+    agent = Agent(obs, torch.zeros(60), SPACES[0], Args(num_features=6))
+    encoded, places = (obs - obs.mean(0)) / torch.stack([obs[:, 0].std(correction=0), torch.tensor(0.1)]), agent.places / 2
+    assert not agent.tabular and places.shape == (6, 2)
+    for k in range(1, 6):  # each is the observation farthest from the places before
+        distances = torch.cdist(encoded, places[:k]).amin(1)
+        torch.testing.assert_close(places[k], encoded[distances.argmax()])
+    torch.testing.assert_close(agent.log_width.exp(), 0.8 * distances.max())
+    s = agent.encode(torch.cat([obs, torch.tensor([[1e6, -1e6]])]))
+    torch.testing.assert_close(s, torch.cat([encoded, torch.tensor([[10.0, -10.0]])]))
+    agent.log_width.data -= 5  # so narrow that all would be zero, were they not of length 1
+    near = -((torch.cdist(s, agent.places) / agent.log_width.exp()) ** 2)
+    near = (near - near.amax(-1, keepdim=True)).exp()
+    features = torch.cat([torch.ones(61, 1), s / 3, (near / near.sum(-1, keepdim=True)).sqrt()], dim=-1)
+    torch.testing.assert_close(agent.critic_features(s), features)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_ways_lead_to_the_most_valuable_places(space):
+    agent = Agent(torch.eye(4), torch.zeros(4), space, Args())
+    posterior, s, k = Posterior(agent, 1), agent.places[:1], 2 * agent.discrete  # any action counts; for a Box, a = 0 alone
+    posterior.mean, posterior.variance = torch.zeros(1, 3, 4), torch.full((1, 3, 4), 1e-4)
+    posterior.mean[0, k, 1], posterior.variance[0, k, 2] = 5, 100  # the best as far as is known, and the best that may be
+    posterior.mean[0, 1, 3] = 50 * (not agent.discrete)  # the slope at another place
+    f = agent.critic_features(s)
+    ways = agent.make_input(s, f, posterior, *posterior.predict(f), torch.ones(1, 3))[0, -8:].view(2, 4)
+    torch.testing.assert_close(ways, agent.places[1:3] - s)
+
+
 @pytest.mark.parametrize("flag", ["meta_policy", "meta_value", "meta_action_selection"])
 def test_what_is_switched_off_stays(flag):
     parts = {"meta_policy": ("policy", "log_std", "log_temperature"), "meta_action_selection": ("optimism",)}
-    parts["meta_value"] = ("centers", "log_width", "prior_mean", "log_precision", "log_noise")
+    parts["meta_value"] = ("places", "log_width", "prior_mean", "log_precision", "log_noise")
     agent, batch = play(SPACES[1], **{flag: False})
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
     optimizer = torch.optim.Adam(agent.parameters(), lr=0.01)
     for _ in range(3):
         losses = meta_loss(agent, batch, torch.arange(4))
-        loss = losses["policy_loss"] + losses["value_loss"]
-        if flag != "meta_value":  # as in the training loop
-            loss = loss + critic_loss(agent, batch, torch.arange(4))
+        loss = losses["policy_loss"] + losses["value_loss"] + critic_loss(agent, batch, torch.arange(4))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for name, parameter in agent.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith(parts[flag]), name
+    agent = Agent(torch.randn(9, 2), torch.zeros(9), SPACES[1], Args(**{flag: False}))
+    assert agent.optimism.any() == (flag != "meta_action_selection")
 
 
-def test_units_of_rewards():
-    agent, rewards = Agent(2, SPACES[0], Args(critic_gamma=0.4)), torch.tensor([0.0, 3.0, -1.0, 2.0])
-    agent.set_units(torch.randn(4, 2), rewards)
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("num_features", [2, 32])
+def test_units_of_rewards(space, num_features):
+    args = Args(num_features=num_features)
+    agent = Agent(torch.randn(4, 2), torch.tensor([0.0, 3.0, -1.0, 2.0]), space, args)
     scale = np.sqrt(14 / 3)  # root mean square of the rewards that are not zero
     assert agent.reward_scale.item() == pytest.approx(scale)
-    torch.testing.assert_close(agent.prior_mean[:, 0], torch.full((3,), 1.0 / scale / 0.6))
+    level = torch.zeros_like(agent.prior_mean)  # on the constant, or on each place if there is none; a = 0 for a Box
+    level[: None if agent.discrete else 1, : None if num_features == 32 else 1] = 1.0 / scale / 0.6
+    torch.testing.assert_close(agent.prior_mean.detach(), level)
 
 
 def test_tabular_mdp():
@@ -248,22 +342,8 @@ def test_building_an_environment_changes_no_draw():
     assert (np.random.random(), torch.rand(1).item()) == expected
 
 
-def test_posterior_finds_true_mean_rewards():
-    """With gamma = 0, and features that tell the states apart, Q is the mean reward; margin 6 standard errors."""
-    agent = Agent(3, SPACES[0], Args(num_features=1, critic_gamma=0.0))
-    means, states, actions = torch.randn(3, 3), torch.arange(1800) % 3, torch.arange(1800) // 3 % 3
-    f = agent.critic_features(torch.eye(3)).detach()
-    rewards = means[states, actions] + torch.randn(1800)
-    with torch.no_grad():
-        posterior = Posterior(agent, 1)
-        for s, a, r in zip(states, actions, rewards, strict=True):
-            posterior.update((agent.action_features(a)[:, None] * f[s])[None], r[None])
-        q = torch.stack([posterior.predict(x[None])[0][0] for x in f])
-    assert (q - means).abs().max() < 6 / 200**0.5
-
-
 def test_evaluation_longer_than_training():
-    agent, envs = make_agent(gym.spaces.Discrete(5), obs_dim=10), TabularMDP(3)
+    agent, envs = make_agent(gym.spaces.Discrete(5), obs_dim=10), TabularMDP(4)
     tasks = list(envs.sample_tasks(4, np.random.default_rng(0)))
     results = script.evaluate(agent, envs, tasks, Args(eval_episodes=25))
     assert [*results] == [*range(1, 11), "trial"] and all(len(x) == 4 for x in results.values())

@@ -14,7 +14,7 @@ TEXTS = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 SECTIONS = ["TASK FAMILIES", "AGENT", "ALGORITHM", "PLUMBING", "SETTINGS", "SETUP", "TRAINING", "LOGGING", "CLOSING"]
 # What is the algorithm itself, and so differs: everything else of one name has one text.
 DIFFERENT = {"Args", "Agent", "rollout", "compute_gae", "meta_loss", "evaluate"}
-SIZES = {"mrl_rl2": (590, 23_000), "mrl_maml": (700, 26_000)}  # at most so many lines, and characters of code
+SIZES = {"mrl_rl2": (590, 23_300), "mrl_maml": (700, 26_000), "mrl_actor_critic": (690, 28_000)}  # lines, characters of code
 each = pytest.mark.parametrize("script", SCRIPTS)
 pairs = pytest.mark.parametrize("one, two", list(combinations(SCRIPTS, 2)))
 
@@ -28,7 +28,7 @@ def definitions(script):
 def test_functions_and_classes_of_one_name_have_one_text(one, two):
     first, second = definitions(one), definitions(two)
     common = (first.keys() & second.keys()) - DIFFERENT
-    assert {"TaskVectorEnv", "make_envs", "sample_tasks", "set_tasks", "step_envs", "seed_all", "average", "report"} <= common
+    assert {"TaskVectorEnv", "make_envs", "sample_tasks", "step_envs", "seed_all", "average", "report"} <= common
     for name in sorted(common):
         assert first[name] == second[name], name
 
