@@ -138,9 +138,8 @@ class GridNavi(TaskVectorEnv):
 
 
 class CrossModalGridNavi(GridNavi):
-    """GridNavi, each episode seen through one sense, the other being zero: position (x, y in [0, 1]), or picture (5x5 noisy
-    pixels, the agent's cell lit). A task: the goal, and the senses of the episodes (1: picture). `senses` are `mixed` (drawn
-    for each episode), `apart` (one for the whole trial), or a pattern such as `ppvv`."""
+    """GridNavi, each episode seen through one sense, the other being zero: position (x, y in [0, 1]) or picture (5x5 noisy
+    pixels). `senses` are `mixed` (drawn for each episode), `apart` (one for the whole trial), or a pattern such as `ppvv`."""
 
     def __init__(self, num_envs=1, senses="mixed"):
         self.senses = senses
@@ -215,10 +214,11 @@ class Agent(nn.Module):
         actions = nn.functional.one_hot(actions, self.action_dim) if self.discrete else actions
         return torch.cat([obs, previous_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
 
-    def forward(self, inputs, real, hidden=None, segment=16):
-        """Policy and values (S) at the `real` steps (L, M) of inputs (L, M, I), and the hidden state (1, M, H) after the last;
-        `hidden` is the one before the first. Trials sorted longest first drop out at the segment after their end, so that time
-        follows the real steps (a packed sequence takes 2 to 7 times as long)."""
+    def forward(self, inputs, hidden=None, real=None, segment=16):
+        """Policy and values (S) at the `real` steps (L, M), or all, of inputs (L, M, I), and the hidden state (1, M, H) after
+        the last; `hidden` is the one before the first. Trials sorted longest first drop out at the segment after their end,
+        so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
+        real = torch.ones_like(inputs[..., 0], dtype=torch.bool) if real is None else real
         obs, others = inputs.split([2 * self.obs_dim, self.action_dim + 2], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
         codes = self.encoder(obs.clamp(-10, 10).flatten(0, 2)).unflatten(0, obs.shape[:3])
@@ -253,7 +253,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
         inputs = agent.make_input(obs, previous)
-        policy, values, hidden = agent(inputs[None], torch.ones_like(episodes[None], dtype=torch.bool), hidden)
+        policy, values, hidden = agent(inputs[None], hidden)
         actions = policy.sample() if explore else policy.mode  # (M, ...)
         next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(batch))
         dones = terminated | truncated
@@ -287,7 +287,7 @@ def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]  # longest first
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
     real = mb["masks"] > 0
-    policy, newvalues, _ = agent(mb["inputs"], real)
+    policy, newvalues, _ = agent(mb["inputs"], real=real)
     logratio = policy.log_prob(mb["actions"][real]) - mb["logprobs"][real]  # (S)
     ratio, advantages = logratio.exp(), mb["advantages"][real]
     losses = {
