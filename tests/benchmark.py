@@ -3,6 +3,7 @@
     python tests/benchmark.py train rl2_grid_navi     # an agent of TRAININGS, several seeds; the median one is kept
     python tests/benchmark.py evaluate                # all agents of tests/results on many held-out tasks
     python tests/benchmark.py defaults                # three scripts by all families, with default flags
+    python tests/benchmark.py cross_modal             # what is learned through one sense, used through the other
     python tests/benchmark.py ablation                # what single parts of the algorithms are worth
     python tests/benchmark.py speed                   # steps per second; `speed busy`: wall times on a busy machine
     python tests/benchmark.py size                    # lines and characters of code
@@ -51,12 +52,14 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
 }
 LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
 LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --total-timesteps 5000000"
+SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", f"{LONG_BANDIT} --total-timesteps 12000000", FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", LONG_MDP, THREE, ""),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
+    "rl2_cross_modal_apart": ("mrl_rl2", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, "never sees a switch"),
     "rl2_half_cheetah_dir": ("mrl_rl2", "HalfCheetahDir", "", THREE, ""),
     "maml_point_nav": ("mrl_maml", "PointNav", "", FIVE, "the default command"),
     "maml_point_nav_long": ("mrl_maml", "PointNav", "--total-timesteps 30000000", THREE, ""),
@@ -64,7 +67,7 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "maml_sparse_point_nav": ("mrl_maml", "SparsePointNav", "", FIVE, ""),
     "maml_half_cheetah_dir": ("mrl_maml", "HalfCheetahDir", "", THREE, ""),
     "maml_half_cheetah_vel": ("mrl_maml", "HalfCheetahVel", "", THREE, ""),
-    "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", "--no-meta-policy", FIVE, ""),
+    "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", SHORT, FIVE, "longer training explores less"),
     "actor_critic_grid_navi": ("mrl_actor_critic", "GridNavi", "", FIVE, ""),
     "actor_critic_point_nav": ("mrl_actor_critic", "PointNav", "", FIVE, ""),
     "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "", FIVE, ""),
@@ -217,6 +220,16 @@ def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
             store("evaluations.csv", rows, ["name", "family"])
 
 
+def cross_modal(num_tasks: int = 4000):
+    """Agents trained with and without switches between the senses, on four patterns of senses -> cross_modal.csv"""
+    for name, senses in itertools.product(("rl2_cross_modal", "rl2_cross_modal_apart"), ("pppp", "vvvv", "ppvv", "vvpp")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = RESULTS / f"{name}.pt"
+            call("mrl_rl2", f"--evaluate {path} --env-kwargs senses {senses} --eval-tasks {num_tasks}", folder)
+            rows = [{"name": name, "senses": senses} | row for row in last_evaluation(folder)]
+        store("cross_modal.csv", rows, ["name", "senses"])
+
+
 # SPEED AND SIZE
 def speed(what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: int = 3):
     """Steps per second, medians over iterations -> speed.csv; with `busy`, the default commands alone and beside one busy
@@ -324,10 +337,48 @@ def training_commands():
     return "\n".join(["```", *lines, "```"])
 
 
+README_ROWS = (  # family, measure, agent and adaptations of each script, published, best possible
+    ("Bandit, 5 arms, 10 pulls", "trial", "rl2_bandit_k5_n10 trial", "", "", "6.7 (RL²)", "6.660, exact"),
+    ("Bandit, 5 arms, 100 pulls", "trial", "rl2_bandit_k5_n100 trial", "", "", "78.7 (RL²)", "78.6, Gittins index"),
+    ("GridNavi", "trial of 4", "rl2_grid_navi trial", "", "actor_critic_grid_navi trial", "", "37.21, exact"),
+    ("CrossModalGridNavi", "trial of 4", "rl2_cross_modal trial", "", "", "", "37.21, exact"),
+    ("TabularMDP", "trial of 10", "rl2_tabular_mdp_n10 trial", "", "actor_critic_tabular_mdp trial",
+     "156.2 (RL²), 159.1 (SNAIL)", "about 162.5, near-Bayes"),
+    ("TabularMDP", "an episode, after 0 / 1 / 3 steps", "", "maml_tabular_mdp 0 1 3", "", "", ""),
+    ("PointNav", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "", "maml_point_nav 0 1 2 3", "actor_critic_point_nav 1 2",
+     "-40.4 / -11.7 / -3.3 / -3.2 (MAML)", "-1.3 / -0.5"),
+    ("SparsePointNav", "episodes 1 / 2, or after 0 / 1 / 3 steps", "", "maml_sparse_point_nav 0 1 3",
+     "actor_critic_sparse_point_nav 1 2", "", "41 / 53.4"),
+    ("HalfCheetahDir", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "rl2_half_cheetah_dir 1 2",
+     "maml_half_cheetah_dir 0 1 2 3", "", "-51 / 293 / 314 / 316 (MAML)", "443 (their oracle)"),
+    ("HalfCheetahVel", "after 0 / 1 / 2 / 3 steps", "", "maml_half_cheetah_vel 0 1 2 3", "",
+     "-130 / -79 / -67 / -61 (MAML)", "-54.5 (their oracle)"),
+)  # fmt: skip
+
+
+def readme_table():
+    """The one table of the README: stored agents on held-out tasks."""
+    found = {(row["name"], row["adaptation"]): row for row in read("evaluations.csv") if "n=100" not in row["family"][-5:]}
+    found |= {(row["name"], row["adaptation"]): row for row in read("evaluations.csv") if row["name"] == "rl2_bandit_k5_n100"}
+    lines = [["family", "return of", *SCRIPTS.values(), "published", "best possible"], ["---"] * 7]
+    for family, measure, *agents, published, best in README_ROWS:
+        cells = []
+        for name, *adaptations in map(str.split, [agent or "-" for agent in agents]):
+            rows = [found[name, adaptation] for adaptation in adaptations if (name, adaptation) in found]
+            cells.append(" / ".join(show(row["mean_return"], row["stderr"]) for row in rows))
+        lines.append([family, measure, *cells, published, best])
+    return markdown(lines)
+
+
 def report():
-    """Fills the tables of tests/results/README.md, each between two marks, from the CSV files there."""
+    """Fills the tables of README.md and tests/results/README.md, each between two marks, from the CSV files there."""
+    head, rest = (ROOT / "README.md").read_text().split("<!-- results -->", 1)
+    rest = rest.split("<!-- end -->", 1)[1]
+    (ROOT / "README.md").write_text(f"{head}<!-- results -->\n{readme_table()}\n<!-- end -->{rest}")
     tables = {"families": family_tables(), "trainings": training_commands()}
     tables |= {"defaults": seeds_table("defaults.csv", "script"), "ablation": seeds_table("ablation.csv", "switch")}
+    rows = {(f"{row['name']}, {row['senses']}", row["adaptation"]): row for row in read("cross_modal.csv")}
+    tables["cross_modal"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
     for name in ("speed", "wall_times", "size"):
         rows = read(f"{name}.csv") or [{}]
         tables[name] = markdown([rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)])
@@ -338,7 +389,7 @@ def report():
     path.write_text("".join(parts))
 
 
-COMMANDS = train, evaluate, defaults, ablation, speed, size, report
+COMMANDS = train, evaluate, defaults, ablation, cross_modal, speed, size, report
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
