@@ -8,7 +8,7 @@
 A trial is E episodes of one task. In the inner loop, the learner of the task is a critic Q(s, a) = x(a)'w f(s) of which it
 knows a normal distribution of the weights w, mean m and covariance C, and an actor that follows from it in closed form:
 
-    model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t) - gamma E x(a') f(s_{t+1}),   noise ~ N(0, n)
+    model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t) - 0.4 E x(a') f(s_{t+1}),    noise ~ N(0, n)
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
@@ -19,8 +19,8 @@ Geist & Pietquin 2010), and a step of natural policy gradient from pi_theta. The
     meta action selection    the optimism beta                  by PPO, for the return of the whole trial
     meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L) of the model
 
-m and C are PPO's memory, as the hidden state is that of RL², stored at each step: so the two losses share no parameter. The
-algorithm is # AGENT, # ALGORITHM and # TRAINING.
+As RL²'s hidden state, m and C are PPO's memory; they are stored, not recomputed: PPO and the evidence share no parameter.
+The algorithm is # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
@@ -63,7 +63,9 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, such as k 5 n 100
+    env_kwargs: dict[str, int | float | bool | str] = field(
+        default_factory=dict
+    )  # its arguments, name and value in turn: n 100
     total_timesteps: int = 3_000_000  # environment steps of the whole training
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
@@ -74,14 +76,14 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
-    num_tasks: int = 0  # trials in a meta-batch, M (0: as many as make some 16,000 environment steps)
-    num_explorations: int = 4  # trials of each task in a meta-batch; their mean advantage is a baseline
+    num_tasks: int = 0  # trials (not tasks) in a meta-batch, M (0: some 16,000 steps, but 16 to 1024 trials)
+    num_explorations: int = 4  # trials of each task; the mean advantage of the others is subtracted
     eval_episodes: int = 0  # episodes of a trial in evaluations (0: as many as in training)
     meta_policy: bool = True  # learn pi_theta and the temperature, or leave them as they are at the start
     meta_value: bool = True  # learn the critic's features, prior and noise, or leave them as they are at the start
     meta_action_selection: bool = True  # learn the optimism, or do without
     hidden_size: int = 128  # units of each of the two hidden layers, of policy and value network
-    num_features: int = 32  # most places of the critic, each with a feature of its own
+    num_features: int = 32  # places of the critic at most, a feature each
     gamma: float = 0.99  # discount factor, over the whole trial
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
@@ -159,13 +161,13 @@ class Agent(nn.Module):
     """The three meta parts, and the value network that is PPO's baseline. What is learned in a task is in `Posterior`."""
 
     def __init__(self, obs, rewards, action_space, args):
-        """Observations (S, D) and rewards (S) of an untrained agent set the units and the places, once and for all."""
+        """Observations (S, D) and rewards (S) of an untrained agent set the units for good, and the first places."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
         self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(obs.std(0, correction=0).clamp(min=0.1))
         self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt())  # 1 if there were none
-        self.return_mean, self.return_std = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
+        self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (0.0, 1.0))
         # Meta-value function: places, each of them the farthest from those before; the prior of the weights; the noise.
         obs, places = self.encode(obs), []
         distances = torch.full_like(obs[:, 0], torch.inf)  # to the nearest place
@@ -204,8 +206,8 @@ class Agent(nn.Module):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def critic_features(self, obs):
-        """f(s) (..., F) for encoded observations: at which places they are, as a vector of length 1, and themselves if there
-        are more of them than places."""
+        """f(s) (..., F) for encoded observations: at which places they are, as a unit vector, after 1 and obs / 3 if there
+        are more observations than places."""
         squares = (obs[..., None, :] - self.places).square().sum(-1)
         places = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()
         return places if self.tabular else torch.cat([torch.ones_like(obs[..., :1]), obs / 3, places], dim=-1)
@@ -217,7 +219,7 @@ class Agent(nn.Module):
         return nn.functional.pad(actions, (1, 0), value=1.0)
 
     def expected_action_features(self, q, temperature=0.5):
-        """E x(a') (..., K) under the critic's own policy, proportional to exp(Q / temperature)."""
+        """E x(a') (..., K) of the critic's own policy: softmax of Q / temperature, or its gradient, clipped (Box)."""
         if self.discrete:
             return (q / temperature).softmax(-1)
         return nn.functional.pad((q[..., 1:] / temperature).clamp(-1, 1), (1, 0), value=1.0)
@@ -229,9 +231,9 @@ class Agent(nn.Module):
         learned = (posterior.mean - posterior.prior_mean).flatten(1)
         known = 1 - (posterior.variance / posterior.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-        place_features = self.critic_features(self.places)  # (places, F)
-        mean = posterior.mean @ place_features.mT  # (M, K, places)
-        optimistic = mean + (posterior.variance @ place_features.mT**2).clamp(min=1e-8).sqrt()
+        at_places = self.critic_features(self.places)  # (places, F)
+        mean = posterior.mean @ at_places.mT  # (M, K, places)
+        optimistic = mean + (posterior.variance @ at_places.mT**2).clamp(min=1e-8).sqrt()
         values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, optimistic))  # (M, places)
         ways = [(x / 0.1).softmax(-1) @ self.places - obs for x in values]
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
@@ -240,7 +242,7 @@ class Agent(nn.Module):
     def actor(self, inputs, q, covariance, time):
         """The actor of a task in closed form, from `inputs` (..., I), q (..., K), which is Q of each action, or Q at a = 0 and
         its gradient, the covariance of q (..., K, K), and time (..., 3). The exponential adds (Q + beta sigma) / temperature
-        to logits, and moves a Gaussian of variance std^2 by std^2 / temperature times the gradient of Q + beta sigma."""
+        to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean."""
         start, std, temperature = self.policy(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
         constant, by_episodes, by_steps = self.optimism
         beta = (constant - by_episodes * time[..., 1].log() + by_steps * time[..., 2])[..., None]
@@ -259,8 +261,8 @@ class Agent(nn.Module):
 
 
 class Posterior:
-    """The learner of M tasks: mean and covariance of the weights of each one's critic. The covariance is kept as what it is at
-    the start less what the t steps so far took off, C = C_0 - sum_i v_i v_i', with v_i = C d_i / sqrt(n + <d_i, C d_i>)."""
+    """The learner of M trials: mean and covariance of the weights of each one's critic. The covariance is kept as what it is
+    at the start less what the t steps so far took off, C = C_0 - sum_i v_i v_i', with v_i = C d_i / sqrt(n + <d_i, C d_i>)."""
 
     def __init__(self, agent, num_tasks):
         self.prior_mean, self.prior_variance, self.noise = agent.prior()
@@ -294,15 +296,15 @@ class Posterior:
 @torch.no_grad()
 def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; those that have ended go on, masked, until all have.
-    Without `explore`, takes the most probable actions. Returns a dict: obs, next_obs (L, M, D), actions (L, M,
-    ...), inputs (L, M, I), q (L, M, K) and its covariance (L, M, K, K), next_x (L, M, K), which is gamma E x(a') or zero after
-    a terminal step, and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    Without `explore`, takes the most probable actions. Returns a dict: obs, next_obs (L, M, D), actions (L, M, ...), inputs
+    (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero after a terminal step,
+    time (L, M, 3), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     batch, posterior = [], Posterior(agent, envs.num_envs)
-    episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=agent.obs_mean.device)
+    episodes = torch.zeros(envs.num_envs, dtype=int, device=agent.obs_mean.device)
     steps = torch.zeros_like(episodes)  # of the present episode
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
@@ -332,7 +334,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
 
 
 def differences(x, features, next_x, next_features, masks):
-    """d = x(a) f(s) - gamma E x(a') f(s') (..., K, F), zero where there is no step."""
+    """d = x(a) f(s) - next_x f(s') (..., K, F), zero where there is no step."""
     taken = torch.einsum("...k,...f->...kf", x, features)
     following = torch.einsum("...k,...f->...kf", next_x, next_features)
     return (taken - following) * masks[..., None, None]
@@ -358,8 +360,8 @@ def mean_of_others(x, masks, num_explorations):
 
 
 def critic_loss(agent, batch, mb_inds):
-    """The evidence -log N(r; D m_0, D C_0 D' + n I) of the trials `mb_inds`, per real step, with rows d_t of D: how badly the
-    critic predicted each reward from the steps before it (chain rule), all at once. The policy's part of d_t is held fixed."""
+    """The loss -log N(r; D m_0, D C_0 D' + n I) of the trials `mb_inds`, per real step, with rows d_t of D: how badly the
+    critic predicted each reward from the steps before it (chain rule), all at once. next_x is held fixed."""
     mb = {name: x[:, mb_inds].transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
@@ -396,7 +398,7 @@ def episode_returns(batch, num_episodes):
     """Returns of the episodes (E, M), or of the tenths of a trial of more than 10 episodes (10, M)."""
     rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
     returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
-    return torch.stack([part.sum(0) for part in returns.tensor_split(min(num_episodes, 10))])
+    return torch.stack([part.mean(0) for part in returns.tensor_split(min(num_episodes, 10))]) * max(1, num_episodes / 10)
 
 
 def evaluate(agent, envs, tasks, args):
@@ -405,7 +407,7 @@ def evaluate(agent, envs, tasks, args):
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
     returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
-    return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
+    return dict(enumerate(returns, 1)) | {"trial": (batch["rewards"] * batch["masks"])[:, : len(tasks)].sum(0).cpu()}
 
 
 # PLUMBING: the same text in each script
@@ -565,13 +567,13 @@ if __name__ == "__main__":
     if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
         fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
-    start_seed = saved["seed"] if checkpoint else args.seed  # the places must be those of the training
-    rng = seed_all(start_seed, 0, START)
+    seed = saved["seed"] if checkpoint else args.seed  # as many places as in the training
+    rng = seed_all(seed, 0, START)
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     args.eval_episodes = int(args.eval_episodes or num_episodes)
-    nothing = torch.zeros(1, envs.single_observation_space.shape[0])
+    nothing = torch.zeros(1, *envs.single_observation_space.shape)
     agent = Agent(nothing, nothing[:, 0], envs.single_action_space, args)
-    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, start_seed)  # by the untrained agent
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, seed)  # by the untrained agent
     real = batch["masks"] > 0
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
@@ -582,7 +584,7 @@ if __name__ == "__main__":
         args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % group or num_tasks < args.num_minibatches:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes * {args.num_explorations} explorations")
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, at least {args.num_minibatches} a process")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -618,7 +620,7 @@ if __name__ == "__main__":
         batch["returns"] = returns = advantages + values
         advantages = advantages - mean_of_others(advantages, batch["masks"], args.num_explorations)
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-        step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
+        step = 1.0 if iteration == 1 else 0.1  # the baseline is in units of the returns, followed slowly
         agent.return_mean.lerp_(returns[real].mean(), step)
         agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), step)
         average(agent.return_mean, agent.return_std)

@@ -53,7 +53,9 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "GridNavi-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments, such as k 5 n 100
+    env_kwargs: dict[str, int | float | bool | str] = field(
+        default_factory=dict
+    )  # its arguments, name and value in turn: n 100
     total_timesteps: int = 3_000_000  # environment steps of the whole training
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
@@ -249,7 +251,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     batch, previous, hidden = [], None, None
-    episodes = torch.zeros(envs.num_envs, dtype=torch.int64, device=agent.obs_mean.device)
+    episodes = torch.zeros(envs.num_envs, dtype=int, device=agent.obs_mean.device)
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
         inputs = agent.make_input(obs, previous)
@@ -304,7 +306,7 @@ def episode_returns(batch, num_episodes):
     """Returns of the episodes (E, M), or of the tenths of a trial of more than 10 episodes (10, M)."""
     rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
     returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
-    return torch.stack([part.sum(0) for part in returns.tensor_split(min(num_episodes, 10))])
+    return torch.stack([part.mean(0) for part in returns.tensor_split(min(num_episodes, 10))]) * max(1, num_episodes / 10)
 
 
 def evaluate(agent, envs, tasks, args):
@@ -313,7 +315,7 @@ def evaluate(agent, envs, tasks, args):
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
     returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
-    return dict(enumerate(returns, 1)) | {"trial": returns.sum(0)}
+    return dict(enumerate(returns, 1)) | {"trial": (batch["rewards"] * batch["masks"])[:, : len(tasks)].sum(0).cpu()}
 
 
 # PLUMBING: the same text in each script
@@ -521,7 +523,7 @@ if __name__ == "__main__":
         advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
         batch["returns"] = returns = advantages + values
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-        step = 1.0 if iteration == 1 else 0.1  # the critic answers in units of the returns, which it follows slowly
+        step = 1.0 if iteration == 1 else 0.1  # the baseline is in units of the returns, followed slowly
         agent.return_mean.lerp_(returns[real].mean(), step)
         agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), step)
         average(agent.return_mean, agent.return_std)

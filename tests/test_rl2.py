@@ -214,6 +214,13 @@ def test_other_actions():
     assert mrl_rl2.to_env(np.zeros((4, 6)), gym.spaces.Box(0, 1, (2, 3))).shape == (4, 2, 3)
 
 
+def test_tenths_of_a_trial_are_alike():
+    """Also where the number of episodes is no multiple of ten: a constant reward gives the same return everywhere."""
+    episodes = torch.arange(12)[:, None].expand(12, 3)
+    batch = {"rewards": torch.ones(12, 3), "masks": torch.ones(12, 3), "episodes": episodes}
+    torch.testing.assert_close(episode_returns(batch, 12), torch.full((10, 3), 1.2))
+
+
 # The task families
 
 
