@@ -60,9 +60,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "PointNav-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(
-        default_factory=dict
-    )  # its arguments, name and value in turn: n 100
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
     total_timesteps: int = 6_000_000  # environment steps of the whole training
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
