@@ -186,7 +186,7 @@ class Agent(nn.Module):
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
         inputs = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3  # see `make_input`
         self.policy = make_network(inputs, args.hidden_size, self.action_dim, last_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((0 if self.discrete else self.action_dim,), -0.5))
+        self.log_std = nn.Parameter(-0.5 * torch.ones(0 if self.discrete else self.action_dim))
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
@@ -216,23 +216,23 @@ class Agent(nn.Module):
             return nn.functional.one_hot(actions, self.action_dim).to(self.obs_mean)
         return nn.functional.pad(actions, (1, 0), value=1.0)
 
-    def expected_action_features(self, q, temperature=0.5):
+    def expected_x(self, q, temperature=0.5):
         """E x(a') (..., K) of the critic's own policy: softmax of Q / temperature, or its gradient, clipped (Box)."""
         if self.discrete:
             return (q / temperature).softmax(-1)
         return nn.functional.pad((q[..., 1:] / temperature).clamp(-1, 1), (1, 0), value=1.0)
 
-    def make_input(self, obs, features, posterior, q, covariance, time):
+    def make_input(self, obs, features, belief, q, covariance, time):
         """What policy and value network read (M, I): the encoded observation (M, D), its features (M, F), what was learned of
         the weights and how well, Q here and its deviation, time (M, 3), and the ways (M, D) to the most valuable places: as
         far as is known, and as may be."""
-        learned = (posterior.mean - posterior.prior_mean).flatten(1)
-        known = 1 - (posterior.variance / posterior.prior_variance).flatten(1)
+        learned = (belief.mean - belief.prior_mean).flatten(1)
+        known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
         at_places = self.critic_features(self.places)  # (places, F)
-        mean = posterior.mean @ at_places.mT  # (M, K, places)
-        optimistic = mean + (posterior.variance @ at_places.mT**2).clamp(min=1e-8).sqrt()
-        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, optimistic))  # (M, places)
+        mean = belief.mean @ at_places.mT  # (M, K, places)
+        hopeful = mean + (belief.variance @ at_places.mT**2).clamp(min=1e-8).sqrt()
+        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, hopeful))  # (M, places)
         ways = [(x / 0.1).softmax(-1) @ self.places - obs for x in values]
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([obs, features, learned, known, q, sigma, time, *ways], dim=-1)
@@ -301,27 +301,27 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
-    batch, posterior = [], Posterior(agent, envs.num_envs)
+    batch, belief = [], Posterior(agent, envs.num_envs)
     episodes = torch.zeros(envs.num_envs, dtype=int, device=agent.obs_mean.device)
     steps = torch.zeros_like(episodes)  # of the present episode
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
         features, left = agent.critic_features(agent.encode(obs)), (num_episodes - episodes).clamp(min=1).to(obs)
         time = torch.stack([left / num_episodes, 1 / left, (1 - steps / limit).clamp(min=0) if limit else 0 * left], dim=-1)
-        q, covariance = posterior.predict(features)
-        inputs = agent.make_input(agent.encode(obs), features, posterior, q, covariance, time)
+        q, covariance = belief.predict(features)
+        inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, time)
         policy = agent.actor(inputs, q, covariance, time)
         actions = policy.sample() if explore else policy.mode
         next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(batch))
-        after, rewards, terminal = (torch.as_tensor(x).to(obs) for x in (next_obs, rewards, terminated))
+        after, rewards, ended = (torch.as_tensor(x).to(obs) for x in (next_obs, rewards, terminated))
         dones = terminated | truncated
         if dones.any():
             next_obs, _ = envs.reset(options={"reset_mask": dones})
         masks, next_features = (episodes < num_episodes).to(obs), agent.critic_features(agent.encode(after))
-        next_q = torch.einsum("mkf,mf->mk", posterior.mean, next_features)
-        next_x = agent.critic_gamma * (1 - terminal[:, None]) * agent.expected_action_features(next_q)
+        next_q = torch.einsum("mkf,mf->mk", belief.mean, next_features)
+        next_x = agent.critic_gamma * (1 - ended[:, None]) * agent.expected_x(next_q)
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
-        posterior.update(d, rewards / agent.reward_scale)
+        belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "time": time, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
         step |= {"rewards": rewards, "masks": masks, "episodes": episodes}
@@ -334,8 +334,8 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
 def differences(x, features, next_x, next_features, masks):
     """d = x(a) f(s) - next_x f(s') (..., K, F), zero where there is no step."""
     taken = torch.einsum("...k,...f->...kf", x, features)
-    following = torch.einsum("...k,...f->...kf", next_x, next_features)
-    return (taken - following) * masks[..., None, None]
+    then = torch.einsum("...k,...f->...kf", next_x, next_features)
+    return (taken - then) * masks[..., None, None]
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
@@ -417,7 +417,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 def fail(message):
     """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
     if RANK == 0 or dist.is_initialized():
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -464,7 +464,7 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module and ".py" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module and module[-3:] != ".py", f"go to the folder of that file and give {Path(module).stem}:{name}"
         if module:
             importlib.import_module(module)
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
@@ -488,7 +488,7 @@ def sample_tasks(envs, num_tasks, rng):
     tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
     if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
         fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
-    return list(tasks)
+    return copy.deepcopy(list(tasks))  # a family may fill the same array again
 
 
 def to_env(actions, space):
@@ -512,7 +512,7 @@ def step_envs(envs, actions, tasks, step):
         fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
     if step > 20_000:
         fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
-    return next_obs, rewards, terminated, truncated
+    return next_obs, rewards, np.asarray(terminated, dtype=bool), np.asarray(truncated, dtype=bool)
 
 
 def report(results, rows, global_step, run_dir):
@@ -531,12 +531,12 @@ if __name__ == "__main__":
     # SETTINGS
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if path := args.resume or args.evaluate:
+    if (path := args.evaluate if args.resume is None else args.resume) is not None:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: not a whole checkpoint; give the path of a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint; give a checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -563,7 +563,7 @@ if __name__ == "__main__":
     envs = make_envs(args, 32)
     heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
     if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
-        fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
+        fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     seed = saved["seed"] if checkpoint else args.seed  # as many places as in the training
     rng = seed_all(seed, 0, START)
@@ -582,7 +582,7 @@ if __name__ == "__main__":
         args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % group or num_tasks < args.num_minibatches:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, at least {args.num_minibatches} a process")
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, {args.num_minibatches} or more each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -685,6 +685,6 @@ if __name__ == "__main__":
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
     gain = numbered[-1] - numbered[0]
-    score = gain.mean() / gain.std() * len(gain) ** 0.5
+    score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
     verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
     print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -428,7 +428,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 def fail(message):
     """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
     if RANK == 0 or dist.is_initialized():
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -475,7 +475,7 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module and ".py" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module and module[-3:] != ".py", f"go to the folder of that file and give {Path(module).stem}:{name}"
         if module:
             importlib.import_module(module)
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
@@ -499,7 +499,7 @@ def sample_tasks(envs, num_tasks, rng):
     tasks = family_attribute(envs, "sample_tasks")(num_tasks, rng) if num_tasks else []
     if not isinstance(tasks, list | tuple | range | np.ndarray) or len(tasks) != num_tasks:
         fail(f"--env-id: sample_tasks({num_tasks}, rng) returned {tasks!r:.60}; give a list of {num_tasks} tasks")
-    return list(tasks)
+    return copy.deepcopy(list(tasks))  # a family may fill the same array again
 
 
 def to_env(actions, space):
@@ -523,7 +523,7 @@ def step_envs(envs, actions, tasks, step):
         fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
     if step > 20_000:
         fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
-    return next_obs, rewards, terminated, truncated
+    return next_obs, rewards, np.asarray(terminated, dtype=bool), np.asarray(truncated, dtype=bool)
 
 
 def report(results, rows, global_step, run_dir):
@@ -542,12 +542,12 @@ if __name__ == "__main__":
     # SETTINGS
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if path := args.resume or args.evaluate:
+    if (path := args.evaluate if args.resume is None else args.resume) is not None:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: not a whole checkpoint; give the path of a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint; give a checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -575,7 +575,7 @@ if __name__ == "__main__":
     envs = make_envs(args, 32)
     heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
     if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
-        fail(f"--env-id {args.env_id}: sample_tasks drew other tasks from the same rng; draw them from rng alone")
+        fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
@@ -682,6 +682,6 @@ if __name__ == "__main__":
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
     gain = numbered[-1] - numbered[0]
-    score = gain.mean() / gain.std() * len(gain) ** 0.5
+    score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
     verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
     print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

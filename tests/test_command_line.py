@@ -438,7 +438,7 @@ BAD = [  # flags, and what the one line must name
     ("--env-id families:Odd-v0 --env-kwargs what few", "sample_tasks(5, rng) returned ["),
     ("--env-id families:Odd-v0 --env-kwargs what one", "sample_tasks(5, rng) returned"),
     ("--env-id families:Odd-v0 --env-kwargs what text", "sample_tasks(5, rng) returned 'aaaaa'"),
-    ("--env-id families:Odd-v0 --env-kwargs what global", "draw them from rng alone"),
+    ("--env-id families:Odd-v0 --env-kwargs what global", "must draw from rng alone"),
     ("--env-id families:Large-v0", "leave out Normalize wrappers"),
     ("--env-id families:Auto-v0", "give AutoresetMode.DISABLED"),
     ("--env-id families:Needs-v0", "'size'"),
