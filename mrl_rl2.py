@@ -495,7 +495,7 @@ if __name__ == "__main__":
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
-    run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
     path = args.evaluate or str(run_dir / "checkpoint.pt")
     if RANK == 0:
