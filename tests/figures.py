@@ -205,7 +205,7 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
             colour = COLOURS[4 if name.endswith("long") else list(SCRIPTS).index(key)]
             label = f"{name}, {'steps' if key == 'maml' else 'episodes'}"
             axis.errorbar(before, mean, error, fmt=style, color=colour, markersize=4, label=label)
-        episodes = int(family.partition("n=")[2] or 1)  # of a trial: players of random MDPs have sums over it
+        episodes = min(10, int(family.partition("n=")[2] or 1))  # or tenths of a trial: players have sums over it
         for row in players:
             if row["family"].removesuffix(", each episode") == family and row["player"] in ("known goal", "near-Bayes"):
                 label = row["player"] + " (mean of the trial)" * (episodes > 1)
