@@ -261,6 +261,24 @@ def test_grid_navi_is_as_defined():
     assert abs(np.mean(returns) - 11.071) < 1e-3
 
 
+@pytest.mark.parametrize("senses, allowed", [("mixed", 16), ("apart", 2), ("ppvv", 1)])
+def test_cross_modal_grid_navi_is_as_defined(senses, allowed):
+    """Each episode shows the cell through its task's sense alone, and nothing tells where the goal is."""
+    envs, tasks = begin("CrossModalGridNavi-v0", 500, senses=senses)
+    assert len({tuple(task[2:]) for task in tasks}) == allowed and tasks[:, :2].max() == 4
+    assert senses != "ppvv" or (tasks[:, 2:] == [0, 0, 1, 1]).all()
+    for episode in range(4):
+        picture, position = tasks[:, 2 + episode] == 1, np.zeros(2)
+        for t in range(3):
+            obs, rewards, _, _, _ = envs.step(np.full(500, 2))  # x + 1
+            position = np.array([t + 1, 0])
+            assert (obs[picture, :2] == 0).all() and (obs[~picture, 2:] == 0).all()
+            assert np.allclose(obs[~picture, :2], position / 4)
+            assert (obs[picture, 2:].argmax(1) == 5 * (t + 1)).all()
+            assert (rewards == np.where((position == tasks[:, :2]).all(1), 1.0, -0.1)).all()
+        envs.reset(options={"reset_mask": np.ones(500, dtype=bool)})
+
+
 @pytest.mark.parametrize("family", ["Bandit-v0", "GridNavi-v0"])
 def test_noise_and_arrays_are_not_shared(family):
     """Traps 12 and 16: building and stepping leave global random states alone, sub-environments in one task see different
