@@ -13,6 +13,7 @@ Trainings run in runs/benchmark/. Those that are finished there are not run agai
 """
 
 import csv
+import importlib
 import itertools
 import json
 import os
@@ -28,6 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
+import gymnasium as gym
+import numpy as np
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -147,10 +150,11 @@ def env_flags(family, script):
 def train_once(run):
     """Trains, unless the same command has been finished before. Returns the last evaluation: a row per episode or step."""
     labels, script, flags, seed = run
-    name = "__".join([*labels.values(), f"seed_{seed}"]).replace(" ", "_")
-    folder, flags = RUNS / name, f"{flags} --seed {seed}"
+    flags = f"{flags} --seed {seed}"
+    name = re.sub(r"[^\w.]+", "_", f"{script} {flags}")  # a training that two tables ask for is run once
+    folder = RUNS / name
     finished = folder / "finished.json"
-    if not finished.exists() or json.loads(finished.read_text())["command"] != [script, flags]:
+    if not finished.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if "my_tasks:" in flags:  # the README shows this file
@@ -159,7 +163,7 @@ def train_once(run):
         start = time.time()
         if not call(script, flags, folder):
             return []
-        finished.write_text(json.dumps({"command": [script, flags], "seconds": round(time.time() - start)}))
+        finished.write_text(json.dumps({"seconds": round(time.time() - start)}))
     seconds = json.loads(finished.read_text())["seconds"]
     return [labels | {"seed": seed, "run": name, "seconds": seconds} | row for row in last_evaluation(folder)]
 
@@ -170,7 +174,7 @@ def train_all(file, runs, jobs):
     with ThreadPoolExecutor(jobs) as pool:
         for rows in pool.map(train_once, runs):
             if rows:
-                store(file, rows, ["run"])
+                store(file, rows, [*runs[0][0], "seed"])
                 last_rows.append(rows[-1])
     return last_rows
 
@@ -220,14 +224,60 @@ def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
             store("evaluations.csv", rows, ["name", "family"])
 
 
+def linear_probe(hidden, goals, steps=300):
+    """Multinomial logistic regression from hidden states (N, H) to goals (N), as a function of hidden states."""
+    std = hidden.std(0) + 1e-6
+    weights = torch.zeros(hidden.shape[1] + 1, int(goals.max()) + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.05, weight_decay=1e-4)
+
+    def logits(hidden):
+        return torch.nn.functional.pad(hidden / std, (0, 1), value=1.0) @ weights
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits(hidden), goals).backward()
+        optimizer.step()
+    return logits
+
+
 def cross_modal(num_tasks: int = 4000):
-    """Agents trained with and without switches between the senses, on four patterns of senses -> cross_modal.csv"""
-    for name, senses in itertools.product(("rl2_cross_modal", "rl2_cross_modal_apart"), ("pppp", "vvvv", "ppvv", "vvpp")):
-        with tempfile.TemporaryDirectory() as folder:
-            path = RESULTS / f"{name}.pt"
-            call("mrl_rl2", f"--evaluate {path} --env-kwargs senses {senses} --eval-tasks {num_tasks}", folder)
-            rows = [{"name": name, "senses": senses} | row for row in last_evaluation(folder)]
-        store("cross_modal.csv", rows, ["name", "senses"])
+    """Agents trained with and without switches between the senses, on patterns of senses, also with a goal that moves in the
+    middle of the trial -> cross_modal.csv; the goal, read by a linear probe after two episodes -> probe.csv"""
+    sys.path.insert(0, str(ROOT))
+    mrl_rl2 = importlib.import_module("mrl_rl2")
+
+    class MovedGoal(mrl_rl2.CrossModalGridNavi):
+        def reset(self, *, seed=None, options=None):
+            result = super().reset(seed=seed, options=options)
+            if self.episode >= 2:
+                self.tasks[:, :2] = np.roll(self.tasks[:, :2], 1, axis=0)
+            return result
+
+    for name in ("rl2_cross_modal", "rl2_cross_modal_apart"):
+        checkpoint = torch.load(RESULTS / f"{name}.pt", weights_only=True)
+        agent = mrl_rl2.Agent(27, gym.spaces.Discrete(5), mrl_rl2.Args(**checkpoint["args"]))
+        agent.load_state_dict(checkpoint["agent"])
+        states = {}
+        patterns = [(senses, mrl_rl2.CrossModalGridNavi) for senses in ("pppp", "vvvv", "ppvv", "vvpp")]
+        for senses, family in [*patterns, ("pppp", MovedGoal), ("ppvv", MovedGoal), ("vvpp", MovedGoal)]:
+            envs = family(num_tasks, senses)
+            tasks = envs.sample_tasks(num_tasks, mrl_rl2.seed_all(99))
+            batch = mrl_rl2.rollout(agent, envs, tasks, 4, seed=99, explore=False)
+            returns = mrl_rl2.episode_returns(batch, 4)  # (4, N)
+            moved = " moved" * (family is MovedGoal)
+            rows = [{"name": name, "senses": senses + moved, "adaptation": k, "num_tasks": num_tasks} for k in (1, 2, 3, 4, "trial")]
+            for row, x in zip(rows, [*returns, returns.sum(0)], strict=True):
+                row |= {"mean_return": x.mean().item(), "stderr": x.std().item() / num_tasks**0.5}
+            store("cross_modal.csv", rows, ["name", "senses"])
+            with torch.no_grad():
+                states[senses[:2]] = agent(batch["inputs"][:30])[2][0]  # (N, H): two episodes of 15 steps
+        goals, half = torch.tensor(tasks[:, 0] * 5 + tasks[:, 1]), num_tasks // 2
+        centred = {senses: x - x.mean(0) for senses, x in states.items()}  # less what all goals have in common
+        for kind, trained, tested in itertools.product((states, centred), states, states):
+            logits = linear_probe(kind[trained][:half], goals[:half])
+            correct = (logits(kind[tested][half:]).argmax(-1) == goals[half:]).double()
+            row = {"name": name, "states": "centred" if kind is centred else "whole", "trained": trained, "tested": tested}
+            store("probe.csv", [row | {"accuracy": correct.mean().item(), "num_tasks": half}], [*row])
 
 
 # SPEED AND SIZE
