@@ -265,9 +265,11 @@ def cross_modal(num_tasks: int = 4000):
             batch = mrl_rl2.rollout(agent, envs, tasks, 4, seed=99, explore=False)
             returns = mrl_rl2.episode_returns(batch, 4)  # (4, N)
             moved = " moved" * (family is MovedGoal)
-            rows = [{"name": name, "senses": senses + moved, "adaptation": k, "num_tasks": num_tasks} for k in (1, 2, 3, 4, "trial")]
-            for row, x in zip(rows, [*returns, returns.sum(0)], strict=True):
-                row |= {"mean_return": x.mean().item(), "stderr": x.std().item() / num_tasks**0.5}
+            rows = []
+            for k, x in {1: returns[0], 2: returns[1], 3: returns[2], 4: returns[3], "trial": returns.sum(0)}.items():
+                row = {"name": name, "senses": senses + moved, "env_steps": checkpoint["global_step"], "adaptation": k}
+                row |= {"mean_return": x.mean().item(), "stderr": x.std().item() / num_tasks**0.5, "num_tasks": num_tasks}
+                rows.append(row)
             store("cross_modal.csv", rows, ["name", "senses"])
             with torch.no_grad():
                 states[senses[:2]] = agent(batch["inputs"][:30])[2][0]  # (N, H): two episodes of 15 steps
@@ -429,6 +431,8 @@ def report():
     tables |= {"defaults": seeds_table("defaults.csv", "script"), "ablation": seeds_table("ablation.csv", "switch")}
     rows = {(f"{row['name']}, {row['senses']}", row["adaptation"]): row for row in read("cross_modal.csv")}
     tables["cross_modal"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
+    rows = {(f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"): row for row in read("probe.csv")}
+    tables["probe"] = table({key: f"{float(row['accuracy']):.3f}" for key, row in rows.items()})
     for name in ("speed", "wall_times", "size"):
         rows = read(f"{name}.csv") or [{}]
         tables[name] = markdown([rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)])
