@@ -162,7 +162,7 @@ class Agent(nn.Module):
         """Observations (S, D) and rewards (S) of an untrained agent set the units for good, and the first places."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
+        self.action_dim = gym.spaces.flatdim(action_space)
         self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(obs.std(0, correction=0).clamp(min=0.1))
         self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt())  # 1 if there were none
         self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (0.0, 1.0))
@@ -251,7 +251,7 @@ class Agent(nn.Module):
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
         gradient = q[..., 1:] + beta * slope[..., 1:] / sigma
-        policy = Normal(start + std**2 * gradient / temperature, std.expand_as(start), validate_args=False)
+        policy = Normal(start + std**2 * gradient / temperature, std, validate_args=False)
         return Independent(policy, 1, validate_args=False)
 
     def baseline(self, inputs):
@@ -302,7 +302,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     batch, belief = [], Posterior(agent, envs.num_envs)
-    episodes = torch.zeros(envs.num_envs, dtype=int, device=agent.obs_mean.device)
+    episodes = agent.obs_mean.new_zeros(envs.num_envs, dtype=int)
     steps = torch.zeros_like(episodes)  # of the present episode
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
@@ -324,7 +324,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "time": time, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
-        step |= {"rewards": rewards, "masks": masks, "episodes": episodes}
+        step |= {"rewards": rewards * masks, "masks": masks, "episodes": episodes}
         batch.append(step)
         dones = torch.as_tensor(dones).to(episodes)
         episodes, steps = episodes + dones, (steps + 1) * (1 - dones)
@@ -394,7 +394,7 @@ def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
 
 def episode_returns(batch, num_episodes):
     """Returns of the episodes (E, M), or of the tenths of a trial of more than 10 episodes (10, M)."""
-    rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
+    rewards, episodes = batch["rewards"], batch["episodes"].clamp(max=num_episodes - 1)
     returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
     return torch.stack([part.mean(0) for part in returns.tensor_split(min(num_episodes, 10))]) * max(1, num_episodes / 10)
 
@@ -405,7 +405,7 @@ def evaluate(agent, envs, tasks, args):
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
     returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
-    return dict(enumerate(returns, 1)) | {"trial": (batch["rewards"] * batch["masks"])[:, : len(tasks)].sum(0).cpu()}
+    return dict(enumerate(returns, 1)) | {"trial": batch["rewards"].sum(0)[: len(tasks)].cpu()}
 
 
 # PLUMBING: the same text in each script
@@ -476,8 +476,8 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
-        assert "<Normalize" not in printed, "leave out Normalize wrappers: no checkpoint holds their statistics"
+        wrappers = str(getattr(envs.unwrapped, "envs", envs))
+        assert "<Normalize" not in wrappers, "leave out Normalize wrappers: no checkpoint holds their statistics"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -499,7 +499,7 @@ def to_env(actions, space):
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
-    actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
+    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
@@ -561,8 +561,8 @@ if __name__ == "__main__":
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
-    heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
+    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
         fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     seed = saved["seed"] if checkpoint else args.seed  # as many places as in the training

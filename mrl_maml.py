@@ -220,7 +220,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
+        action_dim = gym.spaces.flatdim(action_space)
         sizes = (obs_dim, args.hidden_size, args.hidden_size, action_dim)
         weights = {}
         for i, std in enumerate((2**0.5, 2**0.5, 0.01)):
@@ -260,7 +260,7 @@ def policy(weights, obs):
     if "log_std" not in weights:
         return Categorical(logits=params, validate_args=False)
     std = weights["log_std"].clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
-    return Independent(Normal(params, std.expand_as(params), validate_args=False), 1, validate_args=False)
+    return Independent(Normal(params, std, validate_args=False), 1, validate_args=False)
 
 
 # ALGORITHM
@@ -487,8 +487,8 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
-        assert "<Normalize" not in printed, "leave out Normalize wrappers: no checkpoint holds their statistics"
+        wrappers = str(getattr(envs.unwrapped, "envs", envs))
+        assert "<Normalize" not in wrappers, "leave out Normalize wrappers: no checkpoint holds their statistics"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -510,7 +510,7 @@ def to_env(actions, space):
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
-    actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
+    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
@@ -573,8 +573,8 @@ if __name__ == "__main__":
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
-    heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
+    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
         fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)

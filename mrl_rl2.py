@@ -157,7 +157,7 @@ class CrossModalGridNavi(GridNavi):
 
     def observe(self):
         picture = self.tasks[:, 2 + self.episode % 4, None]
-        pixels = np.eye(25)[self.state.astype(int) @ [5, 1]] + 0.1 * self.np_random.standard_normal((self.num_envs, 25))
+        pixels = self.np_random.normal(np.eye(25)[self.state.astype(int) @ [5, 1]], 0.1)
         return np.hstack([(1 - picture) * self.state / 4, picture * pixels]).astype(np.float32)
 
 
@@ -168,36 +168,33 @@ for family in (Bandit, GridNavi, CrossModalGridNavi):
 
 # AGENT
 class Agent(nn.Module):
-    """A GRU reads the trial. Actor and critic read its hidden state and the observation through a hidden layer, and the
-    observation alone through weights that are computed from the hidden state (a hypernetwork, Beck et al. 2023)."""
+    """A GRU reads the trial. Actor and critic are linear in the observation, with weights and biases that are computed from
+    the GRU's hidden state (a hypernetwork, Beck et al. 2023)."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
         self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
-        self.action_dim = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
+        self.action_dim = gym.spaces.flatdim(action_space)
         self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN and its output size
         self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
-        self.trunk = nn.Sequential(nn.Linear(args.hidden_size + code_dim, args.hidden_size), nn.Tanh())
-        self.heads = nn.Linear(args.hidden_size, self.action_dim + 1)  # logits or means of actions, and the value
-        self.hypernetwork = nn.Linear(args.hidden_size, (self.action_dim + 1) * code_dim)
-        nn.init.orthogonal_(self.heads.weight, 0.01)
+        self.out_dim = self.action_dim * (1 if self.discrete else 2) + 1  # logits, or means and log deviations; the value
+        self.hypernetwork = nn.Linear(args.hidden_size, self.out_dim * (code_dim + 1))
         nn.init.orthogonal_(self.hypernetwork.weight, 0.01)
-        self.log_std = nn.Parameter(-0.5 * torch.ones(0 if self.discrete else self.action_dim))
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
         self.reward_scale, self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (1.0, 0.0, 1.0))
         if args.init_as_memory:
             self.init_as_memory(code_dim)
 
     @torch.no_grad()
-    def init_as_memory(self, code_dim, gain=5.0, threshold=8.0):
+    def init_as_memory(self, code_dim):
         """Starts the GRU as a memory: each unit takes in the reward at those few pairs of observation and action whose random
-        weights sum to less than -threshold, and keeps its state at all others. PyTorch's start halves it at each step."""
+        weights sum to less than -8, and keeps its state at all others. PyTorch's start halves it at each step."""
         _, keep, new = self.gru.weight_ih_l0.chunk(3)  # reset, update and new gate (H, I); an update gate of 1 keeps the state
         for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
-            nn.init.zeros_(parameter)
-        nn.init.normal_(keep[:, code_dim:-2], std=gain)  # the columns of the previous observation and action
+            parameter.zero_()
+        keep[:, code_dim:-2].normal_(std=5.0)  # the columns of the previous observation and action
         keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # many dimensions or few: as selective
-        nn.init.constant_(self.gru.bias_ih_l0.chunk(3)[1], threshold)
+        self.gru.bias_ih_l0.chunk(3)[1].fill_(8.0)
         new[:, -2] = torch.randn(len(new)).sign() / 2  # the column of the reward
 
     def set_units(self, obs, rewards):
@@ -218,8 +215,8 @@ class Agent(nn.Module):
         """Policy and values (S) at the `real` steps (L, M), or all, of inputs (L, M, I), and the hidden state (1, M, H) after
         the last; `hidden` is the one before the first. Trials sorted longest first drop out at the segment after their end,
         so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
-        real = torch.ones_like(inputs[..., 0], dtype=torch.bool) if real is None else real
-        obs, others = inputs.split([2 * self.obs_dim, self.action_dim + 2], dim=-1)
+        real = torch.ones_like(inputs[..., 0]).bool() if real is None else real
+        obs, others = inputs.tensor_split([2 * self.obs_dim], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
         codes = self.encoder(obs.clamp(-10, 10).flatten(0, 2)).unflatten(0, obs.shape[:3])
         inputs, codes = torch.cat([codes.flatten(2), others], dim=-1), codes[:, :, 0][real]
@@ -229,14 +226,14 @@ class Agent(nn.Module):
             states, hidden = self.gru(x[:, :running], hidden[:, :running])
             memory.append(states[mask[:, :running]])
         memory = torch.cat(memory)  # (S, H)
-        weights = self.hypernetwork(memory).unflatten(-1, (self.action_dim + 1, -1))
-        features = self.trunk(torch.cat([memory, codes], dim=-1))
-        params = self.heads(features) + (weights @ codes[..., None]).squeeze(-1)  # (..., A + 1)
-        params, values = params[..., :-1], self.return_mean + self.return_std * params[..., -1]
+        weights = self.hypernetwork(memory).unflatten(-1, (self.out_dim, -1))
+        outputs = (weights @ nn.functional.pad(codes, (0, 1), value=1.0)[..., None]).squeeze(-1)  # (S, out_dim)
+        params, values = outputs[..., :-1], self.return_mean + self.return_std * outputs[..., -1]
         if self.discrete:
             return Categorical(logits=params, validate_args=False), values, hidden
-        std = self.log_std.clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
-        return Independent(Normal(params, std.expand_as(params), validate_args=False), 1, validate_args=False), values, hidden
+        mean, log_std = params.chunk(2, dim=-1)
+        std = (log_std - 0.5).clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
+        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), values, hidden
 
 
 # ALGORITHM
@@ -249,7 +246,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
     next_obs, _ = envs.reset(seed=seed)
     batch, previous, hidden = [], None, None
-    episodes = torch.zeros(envs.num_envs, dtype=int, device=agent.obs_mean.device)
+    episodes = agent.obs_mean.new_zeros(envs.num_envs, dtype=int)
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
         inputs = agent.make_input(obs, previous)
@@ -259,10 +256,11 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         dones = terminated | truncated
         if dones.any():
             next_obs, _ = envs.reset(options={"reset_mask": dones})
-        rewards, dones = torch.as_tensor(rewards).to(obs), torch.as_tensor(dones).to(obs)
+        masks = (episodes < num_episodes).to(obs)
+        rewards, dones = torch.as_tensor(rewards).to(obs) * masks, torch.as_tensor(dones).to(obs)
         previous = obs, actions, rewards, dones
         step = {"inputs": inputs, "actions": actions, "logprobs": policy.log_prob(actions), "values": values}
-        step |= {"rewards": rewards, "masks": (episodes < num_episodes).to(obs), "episodes": episodes}
+        step |= {"rewards": rewards, "masks": masks, "episodes": episodes}
         batch.append(step)
         episodes = episodes + dones.long()
     return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
@@ -302,7 +300,7 @@ def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
 
 def episode_returns(batch, num_episodes):
     """Returns of the episodes (E, M), or of the tenths of a trial of more than 10 episodes (10, M)."""
-    rewards, episodes = batch["rewards"] * batch["masks"], batch["episodes"].clamp(max=num_episodes - 1)
+    rewards, episodes = batch["rewards"], batch["episodes"].clamp(max=num_episodes - 1)
     returns = rewards.new_zeros(num_episodes, rewards.shape[1]).scatter_add_(0, episodes, rewards)
     return torch.stack([part.mean(0) for part in returns.tensor_split(min(num_episodes, 10))]) * max(1, num_episodes / 10)
 
@@ -313,7 +311,7 @@ def evaluate(agent, envs, tasks, args):
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
     returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
-    return dict(enumerate(returns, 1)) | {"trial": (batch["rewards"] * batch["masks"])[:, : len(tasks)].sum(0).cpu()}
+    return dict(enumerate(returns, 1)) | {"trial": batch["rewards"].sum(0)[: len(tasks)].cpu()}
 
 
 # PLUMBING: the same text in each script
@@ -384,8 +382,8 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        printed = str(getattr(envs.unwrapped, "envs", envs))  # names all wrappers
-        assert "<Normalize" not in printed, "leave out Normalize wrappers: no checkpoint holds their statistics"
+        wrappers = str(getattr(envs.unwrapped, "envs", envs))
+        assert "<Normalize" not in wrappers, "leave out Normalize wrappers: no checkpoint holds their statistics"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -407,7 +405,7 @@ def to_env(actions, space):
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
-    actions = np.rint(actions) if np.issubdtype(space.dtype, np.integer) else actions
+    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
@@ -469,8 +467,8 @@ if __name__ == "__main__":
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
-    heldout_tasks = sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS))):
+    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
         fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
@@ -486,7 +484,7 @@ if __name__ == "__main__":
         args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes, at least one task per minibatch")
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, {args.num_minibatches} or more each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()

@@ -82,7 +82,7 @@ LONGER_TRIALS = {
 
 NO_META = ("", "--no-meta-policy", "--no-meta-value", "--no-meta-action-selection")
 ABLATIONS = (  # script, families, switches, seeds, flags
-    ("mrl_rl2", ("GridNavi",), ("", "--no-init-as-memory"), THREE, "--total-timesteps 500000"),
+    ("mrl_rl2", ("TabularMDP n=10",), ("", "--no-init-as-memory"), THREE, "--total-timesteps 1500000"),
     ("mrl_actor_critic", ("TabularMDP n=10", "PointNav", "SparsePointNav"), NO_META, THREE, ""),
 )
 

@@ -46,7 +46,7 @@ def play(num_envs=8, num_episodes=3, seed=0, family="Countdown-v0"):
     envs = mrl_rl2.make_envs(Args(env_id=family), num_envs)
     rng = mrl_rl2.seed_all(seed)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, Args(hidden_size=16))
-    torch.nn.init.normal_(agent.heads.weight, std=0.5)
+    torch.nn.init.normal_(agent.hypernetwork.weight, std=0.5)
     agent.set_units(3 * torch.randn(100, agent.obs_dim) + 1, torch.tensor([0.0, 3.0, -1.0]))
     tasks = mrl_rl2.sample_tasks(envs, num_envs, rng)
     batch = rollout(agent, envs, tasks, num_episodes, seed)
@@ -87,7 +87,7 @@ def test_pass_over_segments_equals_step_by_step(segment):
     found = torch.cat([policy.logits, values[:, None]], dim=-1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     for outputs in (found, expected):
-        gradients.append(torch.autograd.grad((outputs**3).sum(), [agent.gru.weight_hh_l0, agent.heads.weight]))
+        gradients.append(torch.autograd.grad((outputs**3).sum(), [agent.gru.weight_hh_l0, agent.hypernetwork.weight]))
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
 
 
@@ -164,12 +164,15 @@ def test_units_are_fixed():
 def test_log_probability_is_summed_over_dimensions_and_log_std_is_clamped():
     """Traps 4 and 18."""
     agent = Agent(2, gym.spaces.Box(-1, 1, (3,)), Args(hidden_size=4)).double()
-    agent.log_std.data = torch.tensor([-0.5, 0.0, 0.7], dtype=torch.float64)
+    for parameter in agent.hypernetwork.parameters():
+        torch.nn.init.zeros_(parameter)
+    outputs = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.5, 1.2, 0.0], dtype=torch.float64)  # means, deviations, value
+    agent.hypernetwork.bias.data.view(7, 3)[:, 2] = outputs
     policy, _, _ = agent(torch.randn(4, 5, 9, dtype=torch.float64))
-    x, log_std = torch.randn(20, 3, dtype=torch.float64), agent.log_std
-    by_hand = (-0.5 * ((x - policy.mean) / log_std.exp()) ** 2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+    x, log_std = torch.randn(20, 3, dtype=torch.float64), outputs[3:6] - 0.5
+    by_hand = (-0.5 * ((x - outputs[:3]) / log_std.exp()) ** 2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
     torch.testing.assert_close(policy.log_prob(x), by_hand)
-    agent.log_std.data = torch.tensor([-1e9, 0.0, 1e9], dtype=torch.float64)
+    agent.hypernetwork.bias.data.view(7, 3)[3:6, 2] = torch.tensor([-1e9, 0.5, 1e9], dtype=torch.float64)
     stddev = agent(torch.randn(1, 1, 9, dtype=torch.float64))[0].stddev[0]
     torch.testing.assert_close(stddev.log(), torch.tensor([-5.0, 0.0, 2.0], dtype=torch.float64))
 

@@ -14,7 +14,7 @@ TEXTS = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 SECTIONS = ["TASK FAMILIES", "AGENT", "ALGORITHM", "PLUMBING", "SETTINGS", "SETUP", "TRAINING", "LOGGING", "CLOSING"]
 # What is the algorithm itself, and so differs: everything else of one name has one text.
 DIFFERENT = {"Args", "Agent", "rollout", "compute_gae", "meta_loss", "evaluate"}
-SIZES = {"mrl_rl2": (590, 23_510), "mrl_maml": (700, 26_000), "mrl_actor_critic": (690, 28_000)}  # lines, characters of code
+SIZES = {"mrl_rl2": (590, 23_000), "mrl_maml": (700, 26_000), "mrl_actor_critic": (690, 28_000)}  # lines, characters of code
 each = pytest.mark.parametrize("script", SCRIPTS)
 pairs = pytest.mark.parametrize("one, two", list(combinations(SCRIPTS, 2)))
 
