@@ -6,6 +6,7 @@ python tests/figures.py grid_navi                # the other pictures are of the
 python tests/figures.py sweep
 python tests/figures.py trajectories
 python tests/figures.py adaptation
+python tests/figures.py cross_modal
 """
 
 import csv
@@ -218,5 +219,27 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
     figure.savefig(out, dpi=130)
 
 
+def cross_modal(out: Path = RESULTS / "cross_modal.png"):
+    """Return of each episode under patterns of senses, of agents trained with and without a switch (cross_modal.csv)."""
+    lines = defaultdict(lambda: defaultdict(list))
+    for row in read("cross_modal.csv"):
+        if row["adaptation"] != "trial":
+            lines[row["name"]][row["senses"]].append(float(row["mean_return"]))
+    titles = {"rl2_cross_modal": "trained with switches", "rl2_cross_modal_apart": "trained without a switch"}
+    figure, axes = panels(1, 2, 5, 3.4, sharey=True)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for senses, returns in lines[name].items():
+            pattern, _, moved = senses.partition(" ")
+            colour = COLOURS[("pppp", "vvvv", "ppvv", "vvpp").index(pattern)]
+            label = f"{pattern}, the goal moves" if moved else pattern
+            axis.plot(range(1, 5), returns, "o--" if moved else "o-", color=colour, markersize=4, label=label)
+        axis.axhline(11.071, color="0.4", linestyle=":", label="best possible, goal known")
+        axis.set(title=title, xlabel="episode of the trial", xticks=range(1, 5), ylabel="return")
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(out, dpi=130)
+
+
+COMMANDS = curves, grid_navi, sweep, trajectories, adaptation, cross_modal
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({f.__name__: f for f in (curves, grid_navi, sweep, trajectories, adaptation)})
+    tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in COMMANDS})
