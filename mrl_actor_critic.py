@@ -5,29 +5,30 @@
 # ///
 """The meta actor-critic: a meta-policy, a meta-value function and a meta action selection guide an actor-critic in each task.
 
-A trial is E episodes of one task. In the inner loop, the learner of the task is a critic Q(s, a) = x(a)'w f(s) of which it
-knows a normal distribution of the weights w, mean m and covariance C, and an actor that follows from it in closed form:
+A trial is E episodes of one task. In the inner loop, the learner of the task has a normal distribution, mean m and covariance
+C, of the weights w of its critic Q(s, a) = x(a)'w f(s), and an actor that follows from it in closed form:
 
-    model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t) - 0.4 E x(a') f(s_{t+1}),    noise ~ N(0, n)
+    model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t)' - 0.4 E[x(a')] f(s_{t+1})',    noise ~ N(0, n)
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
-where Q is that of m, and sigma its standard deviation: temporal-difference learning by a Kalman filter (Engel et al. 2005,
-Geist & Pietquin 2010), and a step of natural policy gradient from pi_theta. The outer loop learns what guides them:
+where Q is that of m, sigma its standard deviation, and a' from the softmax of Q: temporal-difference learning by a Kalman
+filter (Engel et al. 2005, Geist & Pietquin 2010), and a step of natural policy gradient from pi_theta. The critic looks a few
+steps ahead (0.4), the outer loop to the end of the trial. It learns what guides the learner:
 
     meta-policy              pi_theta and the temperature       by PPO, for the return of the whole trial
     meta action selection    the optimism beta                  by PPO, for the return of the whole trial
-    meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L) of the model
+    meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L), once per meta-batch
 
-As RL²'s hidden state, m and C are PPO's memory; they are stored, not recomputed: PPO and the evidence share no parameter.
-The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+Like RL²'s hidden state, m and C are the memory of the policy. What it reads of them is stored, not recomputed: PPO and the
+evidence share no parameter. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
     python mrl_actor_critic.py --env-id mrl_rl2:GridNavi-v0            # any family of the other scripts, or your own
 
 Shapes: M trials in a meta-batch, E episodes a trial, L steps a trial, D observation size, A action size, I input size of the
-networks, K size of x(a), F size of f(s), S real steps of all trials.
+networks, K size of x(a), F size of f(s), S real steps of all trials: those before its last episode ends.
 """
 
 import copy
@@ -64,7 +65,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 3_000_000  # environment steps of the whole training
+    total_timesteps: int = 3_000_000  # environment steps of the training, evaluations not counted
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
@@ -74,14 +75,14 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
-    num_tasks: int = 0  # trials (not tasks) in a meta-batch, M (0: some 16,000 steps, but 16 to 1024 trials)
-    num_explorations: int = 4  # trials of each task; the mean advantage of the others is subtracted
+    num_tasks: int = 0  # trials (not tasks) in a meta-batch, M (0: 16,000 environment steps, but 16 to 1024)
+    num_explorations: int = 4  # trials of each task in a meta-batch; the others are each one's baseline
     eval_episodes: int = 0  # episodes of a trial in evaluations (0: as many as in training)
-    meta_policy: bool = True  # learn pi_theta and the temperature, or leave them as they are at the start
-    meta_value: bool = True  # learn the critic's features, prior and noise, or leave them as they are at the start
+    meta_policy: bool = True  # learn pi_theta and the temperature, or keep them as they are at the start
+    meta_value: bool = True  # learn the critic's features, prior and noise, or keep them as they are at the start
     meta_action_selection: bool = True  # learn the optimism, or do without
     hidden_size: int = 128  # units of each of the two hidden layers, of policy and value network
-    num_features: int = 32  # places of the critic at most, a feature each
+    num_features: int = 32  # greatest number of centres of the critic's features
     gamma: float = 0.99  # discount factor, over the whole trial
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
@@ -91,7 +92,8 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """Sub-environments side by side: a family draws `tasks`, and moves `state` (M, ...) and returns rewards (M) in `act`."""
+    """Sub-environments side by side. A family adds `sample_tasks`, and `act`, which moves `state` (M, ...) and returns rewards
+    (M). The `task` that is set, one for each sub-environment, becomes `tasks` when all of them are reset at once."""
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
@@ -142,7 +144,7 @@ class TabularMDP(TaskVectorEnv):
 
 
 for family in (TabularMDP,):
-    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have brought it
+    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have registered it
         gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
@@ -159,26 +161,24 @@ class Agent(nn.Module):
     """The three meta parts, and the value network that is PPO's baseline. What is learned in a task is in `Posterior`."""
 
     def __init__(self, obs, rewards, action_space, args):
-        """Observations (S, D) and rewards (S) of an untrained agent set the units for good, and the first places."""
+        """Observations (S, D) and rewards (S) of an untrained agent set the units of measure for good, and first centres."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
         self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(obs.std(0, correction=0).clamp(min=0.1))
         self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt())  # 1 if there were none
         self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (0.0, 1.0))
-        # Meta-value function: places, each of them the farthest from those before; the prior of the weights; the noise.
-        obs, places = self.encode(obs), []
-        distances = torch.full_like(obs[:, 0], torch.inf)  # to the nearest place
-        while len(places) < args.num_features and distances.max() > 0.01:
+        # Meta-value function: centres, each the farthest from those before it; the prior of the weights; the noise.
+        obs, centres = self.encode(obs), []
+        distances = torch.full_like(obs[:, 0], torch.inf)  # to the nearest centre
+        while len(centres) < args.num_features and distances.max() > 0.01:
             spacing = distances.max().clamp(max=10)
-            places.append(obs[distances.argmax()])
-            distances = distances.minimum((obs - places[-1]).norm(dim=-1))
-        self.tabular = bool(distances.max() <= 0.01)  # few enough observations for a place each
-        reach = 1.0 if self.tabular else 2.0  # a trained agent goes further
-        self.places = nn.Parameter(reach * torch.stack(places))
-        self.log_width = nn.Parameter((0.4 * reach * spacing).log())
+            centres.append(obs[distances.argmax()])
+            distances = distances.minimum((obs - centres[-1]).norm(dim=-1))
+        self.tabular = bool(distances.max() <= 0.01)  # each observation is a centre
+        self.centres, self.log_width = nn.Parameter(torch.stack(centres)), nn.Parameter((0.4 * spacing).log())
         self.critic_gamma = 0.4
-        K, F = self.action_dim + (not self.discrete), len(places) + (0 if self.tabular else 1 + obs.shape[1])
+        K, F = self.action_dim + (not self.discrete), len(centres) + (0 if self.tabular else 1 + obs.shape[1])
         self.prior_mean, self.log_precision = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
         level = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # the mean reward at every step
         self.prior_mean.data[slice(None) if self.discrete else 0, slice(None) if self.tabular else 0] = level
@@ -191,7 +191,7 @@ class Agent(nn.Module):
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
         self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)
-        critic = [self.places, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
+        critic = [self.centres, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
         nn.ParameterList(critic).requires_grad_(args.meta_value)
         nn.ParameterList([*self.policy.parameters(), self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
         self.optimism.requires_grad_(args.meta_action_selection)
@@ -204,50 +204,50 @@ class Agent(nn.Module):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def critic_features(self, obs):
-        """f(s) (..., F) for encoded observations: at which places they are, as a unit vector, after 1 and obs / 3 if there
-        are more observations than places."""
-        squares = (obs[..., None, :] - self.places).square().sum(-1)
-        places = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()
-        return places if self.tabular else torch.cat([torch.ones_like(obs[..., :1]), obs / 3, places], dim=-1)
+        """f(s) (..., F) of encoded observations: how near they are to each centre, a unit vector, after 1 and obs / 3 if there
+        are more observations than centres."""
+        squares = (obs[..., None, :] - self.centres).square().sum(-1)
+        near = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()
+        return near if self.tabular else torch.cat([torch.ones_like(obs[..., :1]), obs / 3, near], dim=-1)
 
     def action_features(self, actions):
-        """x(a) (..., K): a discrete action one-hot, so that actions share nothing; (1, a) for a Box."""
+        """x(a) (..., K): a discrete action one-hot, so that actions share nothing; (1, a) for a Box, a as it is executed."""
         if self.discrete:
             return nn.functional.one_hot(actions, self.action_dim).to(self.obs_mean)
-        return nn.functional.pad(actions, (1, 0), value=1.0)
+        return nn.functional.pad(actions.clamp(-1, 1), (1, 0), value=1.0)
 
     def expected_x(self, q, temperature=0.5):
-        """E x(a') (..., K) of the critic's own policy: softmax of Q / temperature, or its gradient, clipped (Box)."""
+        """E[x(a')] (..., K) of the critic's own policy: softmax of Q / temperature; for a Box, along the gradient of Q."""
         if self.discrete:
             return (q / temperature).softmax(-1)
         return nn.functional.pad((q[..., 1:] / temperature).clamp(-1, 1), (1, 0), value=1.0)
 
-    def make_input(self, obs, features, belief, q, covariance, time):
+    def make_input(self, obs, features, belief, q, covariance, clock):
         """What policy and value network read (M, I): the encoded observation (M, D), its features (M, F), what was learned of
-        the weights and how well, Q here and its deviation, time (M, 3), and the ways (M, D) to the most valuable places: as
-        far as is known, and as may be."""
+        the weights and how well, Q here and its deviation, the clock (M, 3), and the ways (M, D) to the most valuable centres,
+        by the mean of their value and by a deviation above it."""
         learned = (belief.mean - belief.prior_mean).flatten(1)
         known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-        at_places = self.critic_features(self.places)  # (places, F)
-        mean = belief.mean @ at_places.mT  # (M, K, places)
-        hopeful = mean + (belief.variance @ at_places.mT**2).clamp(min=1e-8).sqrt()
-        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, hopeful))  # (M, places)
-        ways = [(x / 0.1).softmax(-1) @ self.places - obs for x in values]
+        at_centres = self.critic_features(self.centres)  # (centres, F)
+        mean = belief.mean @ at_centres.mT  # (M, K, centres)
+        hopeful = mean + (belief.variance @ at_centres.mT**2).clamp(min=1e-8).sqrt()
+        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, hopeful))  # (M, centres)
+        ways = [(x / 0.1).softmax(-1) @ self.centres - obs for x in values]
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
-        return torch.cat([obs, features, learned, known, q, sigma, time, *ways], dim=-1)
+        return torch.cat([obs, features, learned, known, q, sigma, clock, *ways], dim=-1)
 
-    def actor(self, inputs, q, covariance, time):
+    def actor(self, inputs, q, covariance, clock):
         """The actor of a task in closed form, from `inputs` (..., I), q (..., K), which is Q of each action, or Q at a = 0 and
-        its gradient, the covariance of q (..., K, K), and time (..., 3). The exponential adds (Q + beta sigma) / temperature
-        to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean."""
+        its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds to logits, and moves a
+        Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first order)."""
         start, std, temperature = self.policy(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
         constant, by_episodes, by_steps = self.optimism
-        beta = (constant - by_episodes * time[..., 1].log() + by_steps * time[..., 2])[..., None]
+        beta = (constant - by_episodes * clock[..., 1].log() + by_steps * clock[..., 2])[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
             return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False)
-        x = self.action_features(start)
+        x = nn.functional.pad(start, (1, 0), value=1.0)
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
         gradient = q[..., 1:] + beta * slope[..., 1:] / sigma
@@ -259,7 +259,7 @@ class Agent(nn.Module):
 
 
 class Posterior:
-    """The learner of M trials: mean and covariance of the weights of each one's critic. The covariance is kept as what it is
+    """The learners of M trials: mean and covariance of the weights of each one's critic. The covariance is kept as what it is
     at the start less what the t steps so far took off, C = C_0 - sum_i v_i v_i', with v_i = C d_i / sqrt(n + <d_i, C d_i>)."""
 
     def __init__(self, agent, num_tasks):
@@ -296,7 +296,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; those that have ended go on, masked, until all have.
     Without `explore`, takes the most probable actions. Returns a dict: obs, next_obs (L, M, D), actions (L, M, ...), inputs
     (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero after a terminal step,
-    time (L, M, 3), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    clock (L, M, 3), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
@@ -307,10 +307,10 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     while (episodes < num_episodes).any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean)  # (M, D)
         features, left = agent.critic_features(agent.encode(obs)), (num_episodes - episodes).clamp(min=1).to(obs)
-        time = torch.stack([left / num_episodes, 1 / left, (1 - steps / limit).clamp(min=0) if limit else 0 * left], dim=-1)
+        clock = torch.stack([left / num_episodes, 1 / left, (1 - steps / limit).clamp(min=0) if limit else 0 * left], dim=-1)
         q, covariance = belief.predict(features)
-        inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, time)
-        policy = agent.actor(inputs, q, covariance, time)
+        inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, clock)
+        policy = agent.actor(inputs, q, covariance, clock)
         actions = policy.sample() if explore else policy.mode
         next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(batch))
         after, rewards, ended = (torch.as_tensor(x).to(obs) for x in (next_obs, rewards, terminated))
@@ -323,7 +323,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
-        step |= {"next_x": next_x, "time": time, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
+        step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
         step |= {"rewards": rewards * masks, "masks": masks, "episodes": episodes}
         batch.append(step)
         dones = torch.as_tensor(dones).to(episodes)
@@ -358,8 +358,8 @@ def mean_of_others(x, masks, num_explorations):
 
 
 def critic_loss(agent, batch, mb_inds):
-    """The loss -log N(r; D m_0, D C_0 D' + n I) of the trials `mb_inds`, per real step, with rows d_t of D: how badly the
-    critic predicted each reward from the steps before it (chain rule), all at once. next_x is held fixed."""
+    """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X:
+    how badly each reward was predicted from those before it (chain rule), all at once. next_x is held fixed."""
     mb = {name: x[:, mb_inds].transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
@@ -374,11 +374,11 @@ def critic_loss(agent, batch, mb_inds):
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, from what was known at each of their steps,
-    and the other losses; returns their means over the real steps, by name."""
+    the other losses and diagnostics; returns their means over the real steps, by name."""
     mb = {name: x[:, mb_inds] for name, x in batch.items()}
     real = mb["masks"] > 0
     inputs = mb["inputs"][real]
-    policy = agent.actor(inputs, mb["q"][real], mb["covariance"][real], mb["time"][real])
+    policy = agent.actor(inputs, mb["q"][real], mb["covariance"][real], mb["clock"][real])
     newvalues = agent.baseline(inputs)
     logratio = policy.log_prob(mb["actions"][real]) - mb["logprobs"][real]  # (S)
     ratio, advantages = logratio.exp(), mb["advantages"][real]
@@ -400,7 +400,7 @@ def episode_returns(batch, num_episodes):
 
 
 def evaluate(agent, envs, tasks, args):
-    """Returns (tasks) of the episodes, from 1, and of the whole `trial`, one of each task, always with the same noise."""
+    """{1: returns (tasks) of episode 1, ..., "trial": of all}, with fixed random numbers; the likeliest discrete actions."""
     rng, num_episodes = seed_all(args.seed, 0, EVALUATION), args.eval_episodes
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
@@ -415,7 +415,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 
 def fail(message):
-    """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
+    """Ends the program for bad input, with one line and exit code 2. Before the processes part, only the first one prints."""
     if RANK == 0 or dist.is_initialized():
         tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -440,7 +440,7 @@ def average(*tensors):
 
 
 class PlainStep(gym.Wrapper):
-    """Drops infos, which nobody reads and gymnasium would stack; rewards become floats, NaN what is not one number."""
+    """Drops infos, which nobody reads and gymnasium would stack. Rewards become floats, or NaN if they are not one number."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -504,7 +504,7 @@ def to_env(actions, space):
 
 
 def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite ends the program."""
+    """Steps all sub-environments with actions (N, ...), resets none. A reward or observation not finite ends the program."""
     next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
@@ -565,14 +565,14 @@ if __name__ == "__main__":
     if pickle.dumps(heldout_tasks) != pickle.dumps(again):
         fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
-    seed = saved["seed"] if checkpoint else args.seed  # as many places as in the training
-    rng = seed_all(seed, 0, START)
+    rng = seed_all(0, 0, START)  # whatever the seed, so that a checkpoint meets as many centres
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     args.eval_episodes = int(args.eval_episodes or num_episodes)
     nothing = torch.zeros(1, *envs.single_observation_space.shape)
     agent = Agent(nothing, nothing[:, 0], envs.single_action_space, args)
-    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, seed)  # by the untrained agent
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, 0)  # by the untrained agent
     real = batch["masks"] > 0
+    seed_all(args.seed, 0, START)
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
     group = WORLD_SIZE * args.num_explorations
@@ -582,7 +582,7 @@ if __name__ == "__main__":
         args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % group or num_tasks < args.num_minibatches:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, {args.num_minibatches} or more each")
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, at least {args.num_minibatches} each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -626,7 +626,7 @@ if __name__ == "__main__":
 
         losses = []
         for epoch in range(args.update_epochs):
-            for mb_inds in torch.randperm(num_tasks).tensor_split(args.num_minibatches):  # whole trials
+            for mb_inds in torch.randperm(num_tasks, device=args.device).tensor_split(args.num_minibatches):  # whole trials
                 mb_losses = meta_loss(agent, batch, mb_inds)
                 loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
                 loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]

@@ -61,7 +61,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "PointNav-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 6_000_000  # environment steps of the whole training
+    total_timesteps: int = 6_000_000  # environment steps of the training, evaluations not counted
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 40  # number of held-out tasks, the same ones in each evaluation
@@ -86,7 +86,8 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """Sub-environments side by side: a family draws `tasks`, and moves `state` (M, ...) and returns rewards (M) in `act`."""
+    """Sub-environments side by side. A family adds `sample_tasks`, and `act`, which moves `state` (M, ...) and returns rewards
+    (M). The `task` that is set, one for each sub-environment, becomes `tasks` when all of them are reset at once."""
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
@@ -209,7 +210,7 @@ class AntDir(HalfCheetahDir):
 
 
 for family in (PointNav, SparsePointNav, HalfCheetahDir, HalfCheetahVel, AntDir):
-    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have brought it
+    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have registered it
         gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
@@ -426,7 +427,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 
 def fail(message):
-    """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
+    """Ends the program for bad input, with one line and exit code 2. Before the processes part, only the first one prints."""
     if RANK == 0 or dist.is_initialized():
         tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -451,7 +452,7 @@ def average(*tensors):
 
 
 class PlainStep(gym.Wrapper):
-    """Drops infos, which nobody reads and gymnasium would stack; rewards become floats, NaN what is not one number."""
+    """Drops infos, which nobody reads and gymnasium would stack. Rewards become floats, or NaN if they are not one number."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -515,7 +516,7 @@ def to_env(actions, space):
 
 
 def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite ends the program."""
+    """Steps all sub-environments with actions (N, ...), resets none. A reward or observation not finite ends the program."""
     next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))

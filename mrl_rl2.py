@@ -16,8 +16,8 @@ so advantages, too, run across the ends of episodes. The algorithm is # AGENT, #
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
 
-Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size, I
-input size, H hidden size, S real steps of all trials.
+Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size, I =
+2 D + A + 2 input size, H hidden size, S real steps of all trials: those before its last episode ends.
 """
 
 import copy
@@ -54,7 +54,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "GridNavi-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 3_000_000  # environment steps of the whole training
+    total_timesteps: int = 3_000_000  # environment steps of the training, evaluations not counted
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
@@ -64,7 +64,7 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
-    num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: as many as make some 16,000 environment steps)
+    num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
     hidden_size: int = 128  # size of the GRU's hidden state, H
     init_as_memory: bool = True  # start the GRU as a memory of rewards, see Agent.init_as_memory
     gamma: float = 0.97  # discount factor, over the whole trial
@@ -76,7 +76,8 @@ class Args:
 
 # TASK FAMILIES
 class TaskVectorEnv(gym.vector.VectorEnv):
-    """Sub-environments side by side: a family draws `tasks`, and moves `state` (M, ...) and returns rewards (M) in `act`."""
+    """Sub-environments side by side. A family adds `sample_tasks`, and `act`, which moves `state` (M, ...) and returns rewards
+    (M). The `task` that is set, one for each sub-environment, becomes `tasks` when all of them are reset at once."""
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
@@ -162,7 +163,7 @@ class CrossModalGridNavi(GridNavi):
 
 
 for family in (Bandit, GridNavi, CrossModalGridNavi):
-    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have brought it
+    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have registered it
         gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
@@ -175,7 +176,7 @@ class Agent(nn.Module):
         super().__init__()
         self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
-        self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN and its output size
+        self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN, which gets them flat, and its output size
         self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
         self.out_dim = self.action_dim * (1 if self.discrete else 2) + 1  # logits, or means and log deviations; the value
         self.hypernetwork = nn.Linear(args.hidden_size, self.out_dim * (code_dim + 1))
@@ -187,8 +188,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def init_as_memory(self, code_dim):
-        """Starts the GRU as a memory: each unit takes in the reward at those few pairs of observation and action whose random
-        weights sum to less than -8, and keeps its state at all others. PyTorch's start halves it at each step."""
+        """Starts the GRU as a memory: each unit takes in the reward where a random linear function of the previous observation
+        and action is below -8, and keeps its state elsewhere. PyTorch's start halves the state at each step."""
         _, keep, new = self.gru.weight_ih_l0.chunk(3)  # reset, update and new gate (H, I); an update gate of 1 keeps the state
         for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
             parameter.zero_()
@@ -198,13 +199,14 @@ class Agent(nn.Module):
         new[:, -2] = torch.randn(len(new)).sign() / 2  # the column of the reward
 
     def set_units(self, obs, rewards):
-        """Sets the units from observations (S, D) and rewards (S), once and for all: what the network reads must not drift."""
+        """Sets the units of measure from observations (S, D) and rewards (S), once: what the network reads must not drift."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
         self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt()  # 1 if there were none
 
     def make_input(self, obs, previous=None):
         """What the GRU reads (M, I): observations (M, D) and the previous step, its (observations (M, D), actions (M, ...),
-        rewards (M), dones (M)), zeros at the start of a trial. An episode's last reward comes with the next one's start."""
+        rewards (M), dones (M)), zeros at the start of a trial. After an episode's last step come its reward and the first
+        observation of the next episode: the GRU never reads an observation from which no action is taken."""
         if previous is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
         previous_obs, actions, rewards, dones = previous
@@ -213,8 +215,8 @@ class Agent(nn.Module):
 
     def forward(self, inputs, hidden=None, real=None, segment=16):
         """Policy and values (S) at the `real` steps (L, M), or all, of inputs (L, M, I), and the hidden state (1, M, H) after
-        the last; `hidden` is the one before the first. Trials sorted longest first drop out at the segment after their end,
-        so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
+        the last; `hidden` is the one before the first. With `real`, trials are sorted longest first and drop out at the
+        segment after their end, so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
         real = torch.ones_like(inputs[..., 0]).bool() if real is None else real
         obs, others = inputs.tensor_split([2 * self.obs_dim], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
@@ -232,7 +234,7 @@ class Agent(nn.Module):
         if self.discrete:
             return Categorical(logits=params, validate_args=False), values, hidden
         mean, log_std = params.chunk(2, dim=-1)
-        std = (log_std - 0.5).clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
+        std = (log_std - 0.5).clamp(-5, 2).exp()  # too long a gradient step must neither freeze the policy nor blow it up
         return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), values, hidden
 
 
@@ -279,8 +281,8 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step, and the
-    other losses; returns their means over the real steps, by name."""
+    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step, the other
+    losses and diagnostics; returns their means over the real steps, by name."""
     lengths = batch["masks"].sum(0)
     mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]  # longest first
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
@@ -306,7 +308,7 @@ def episode_returns(batch, num_episodes):
 
 
 def evaluate(agent, envs, tasks, args):
-    """{1: returns (tasks) of episode 1, 2: ..., "trial": of all episodes}, always with the same random numbers."""
+    """{1: returns (tasks) of episode 1, ..., "trial": of all}, with fixed random numbers; the likeliest discrete actions."""
     rng, num_episodes = seed_all(args.seed, 0, EVALUATION), int(family_attribute(envs, "episodes_per_trial", 2))
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
@@ -321,7 +323,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 
 def fail(message):
-    """Ends the program for bad input, with one line and exit code 2. Until the processes part, only the first one speaks."""
+    """Ends the program for bad input, with one line and exit code 2. Before the processes part, only the first one prints."""
     if RANK == 0 or dist.is_initialized():
         tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -346,7 +348,7 @@ def average(*tensors):
 
 
 class PlainStep(gym.Wrapper):
-    """Drops infos, which nobody reads and gymnasium would stack; rewards become floats, NaN what is not one number."""
+    """Drops infos, which nobody reads and gymnasium would stack. Rewards become floats, or NaN if they are not one number."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -410,7 +412,7 @@ def to_env(actions, space):
 
 
 def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), restarts none. What is not finite ends the program."""
+    """Steps all sub-environments with actions (N, ...), resets none. A reward or observation not finite ends the program."""
     next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
     wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
@@ -484,7 +486,7 @@ if __name__ == "__main__":
         args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, {args.num_minibatches} or more each")
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, at least {args.num_minibatches} each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -527,13 +529,13 @@ if __name__ == "__main__":
 
         losses = []
         for _ in range(args.update_epochs):
-            for mb_inds in torch.randperm(num_tasks).tensor_split(args.num_minibatches):  # whole trials
+            for mb_inds in torch.randperm(num_tasks, device=args.device).tensor_split(args.num_minibatches):  # whole trials
                 mb_losses = meta_loss(agent, batch, mb_inds)
                 loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
                 loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]
                 optimizer.zero_grad()
                 loss.backward()
-                average(*(p.grad for p in agent.parameters() if p.grad is not None))
+                average(*(p.grad for p in agent.parameters()))
                 norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5, error_if_nonfinite=True)
                 optimizer.step()
                 losses.append({name: x.detach() for name, x in mb_losses.items()} | {"meta_grad_norm": norm})
@@ -548,7 +550,7 @@ if __name__ == "__main__":
         progress.set_postfix(pre=f"{by_episode[0]:.2f}", post=f"{by_episode[-1]:.2f}", refresh=False)
         if RANK > 0:
             continue
-        scalars = {f"losses/{name}": torch.stack([x[name] for x in losses if name in x]).mean() for name in losses[0]}
+        scalars = {f"losses/{name}": torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
         scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
         scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
         scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}

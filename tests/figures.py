@@ -103,12 +103,12 @@ class Recorder(gym.vector.VectorWrapper):
 
 
 def first(script, args):
-    """A meta actor-critic as it is before training: its places come from what an untrained one observes."""
-    envs, rng = script.make_envs(args, 32), script.seed_all(args.seed, 0, script.START)
+    """A meta actor-critic as it is before training: its centres come from what an untrained one observes."""
+    envs, rng = script.make_envs(args, 32), script.seed_all(0, 0, script.START)
     args.eval_episodes = args.eval_episodes or int(script.family_attribute(envs, "episodes_per_trial", 2))
     nothing = torch.zeros(1, envs.single_observation_space.shape[0])
     agent = script.Agent(nothing, nothing[:, 0], envs.single_action_space, args)
-    batch = script.rollout(agent, envs, script.sample_tasks(envs, 32, rng), args.eval_episodes, args.seed)
+    batch = script.rollout(agent, envs, script.sample_tasks(envs, 32, rng), args.eval_episodes, 0)
     real = batch["masks"] > 0
     return script.Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args)
 

@@ -109,7 +109,7 @@ def test_rollout_is_its_replay(space):
     agent, batch = play(space, num_episodes=3)
     episodes, terminated = batch["episodes"], batch["terminated"]
     with torch.no_grad():
-        (d, r), (mean, variance, noise), at_places = rows(agent, batch), agent.prior(), agent.critic_features(agent.places)
+        (d, r), (mean, variance, noise), at_centres = rows(agent, batch), agent.prior(), agent.critic_features(agent.centres)
         for m in range(4):
             w, C, step = mean.flatten(), variance.flatten().diag(), 0
             for t in range(len(r)):
@@ -117,12 +117,12 @@ def test_rollout_is_its_replay(space):
                 s, next_s = ((stored[name] - agent.obs_mean) / agent.obs_std for name in ("obs", "next_obs"))
                 f, W, V = agent.critic_features(s), w.view_as(mean), C.diagonal().view_as(mean)
                 X, left = torch.kron(torch.eye(len(mean)), f[None]), max(3 - int(episodes[t, m]), 1)
-                new = {"q": X @ w, "covariance": X @ C @ X.T, "time": torch.tensor([left / 3, 1 / left, 1 - step / 6])}
+                new = {"q": X @ w, "covariance": X @ C @ X.T, "clock": torch.tensor([left / 3, 1 / left, 1 - step / 6])}
                 inputs = [s, f, w - mean.flatten(), (1 - V / variance).flatten(), new["q"] - agent.discrete * new["q"].mean()]
-                inputs += [new["covariance"].diagonal().sqrt(), new["time"]]
-                for place_q in (at_places @ W.T, at_places @ W.T + (at_places**2 @ V.T).sqrt()):
-                    weights = ((place_q.max(1).values if agent.discrete else place_q[:, 0]) / 0.1).exp()
-                    inputs.append(weights @ agent.places / weights.sum() - s)
+                inputs += [new["covariance"].diagonal().sqrt(), new["clock"]]
+                for centre_q in (at_centres @ W.T, at_centres @ W.T + (at_centres**2 @ V.T).sqrt()):
+                    weights = ((centre_q.max(1).values if agent.discrete else centre_q[:, 0]) / 0.1).exp()
+                    inputs.append(weights @ agent.centres / weights.sum() - s)
                 new["inputs"], following = torch.cat(inputs), W @ agent.critic_features(next_s) / 0.5
                 new["values"] = agent.return_mean + agent.return_std * agent.value(new["inputs"])[0]
                 softmax = following.exp() / following.exp().sum()
@@ -167,7 +167,7 @@ def test_gradients_are_finite_differences(space, part):
 def test_masked_steps_change_nothing(space):
     agent, batch = play(space)
     changed = dict(batch)
-    for name in ("obs", "next_obs", "next_x", "inputs", "q", "time", "rewards", "advantages", "returns", "logprobs"):
+    for name in ("obs", "next_obs", "next_x", "inputs", "q", "clock", "rewards", "advantages", "returns", "logprobs"):
         masks = batch["masks"].view(*batch["masks"].shape, *[1] * (batch[name].dim() - 2))
         changed[name] = batch[name] + 5 * (1 - masks)
     torch.testing.assert_close(critic_loss(agent, changed, torch.arange(4)), critic_loss(agent, batch, torch.arange(4)))
@@ -178,11 +178,11 @@ def test_masked_steps_change_nothing(space):
 @pytest.mark.parametrize("space", SPACES)
 def test_actor_in_closed_form(space):
     agent, batch = play(space)
-    i, q, C, time = (batch[name][3, 0] for name in ("inputs", "q", "covariance", "time"))
+    i, q, C, clock = (batch[name][3, 0] for name in ("inputs", "q", "covariance", "clock"))
     with torch.no_grad():
-        policy, start, temperature = agent.actor(i, q, C, time), agent.policy(i), agent.log_temperature.exp()
+        policy, start, temperature = agent.actor(i, q, C, clock), agent.policy(i), agent.log_temperature.exp()
         a, b, c = agent.optimism
-        beta = a + b * (1 / time[1]).log() + c * time[2]
+        beta = a + b * (1 / clock[1]).log() + c * clock[2]
     if agent.discrete:
         weights = start.softmax(-1) * ((q + beta * C.diagonal().sqrt()) / temperature).exp()
         torch.testing.assert_close(policy.probs, weights / weights.sum())
@@ -215,7 +215,7 @@ def test_meta_loss_is_clipped_ppo(space):
 def test_without_exploration_actions_are_the_most_probable(space):
     agent = make_agent(space)
     batch = rollout(agent, EarlyEnd(4, space), [0.0] * 4, 2, 1, explore=False)
-    policy = agent.actor(*(batch[name] for name in ("inputs", "q", "covariance", "time")))
+    policy = agent.actor(*(batch[name] for name in ("inputs", "q", "covariance", "clock")))
     torch.testing.assert_close(batch["actions"], policy.mode)
 
 
@@ -242,52 +242,52 @@ def test_mean_of_others_against_its_definition(num_explorations):
             torch.testing.assert_close(means[t, m], sum(others, torch.zeros(())) / max(len(others), 1))
 
 
-def test_places_and_features_of_few_observations():
-    """A place for each distinct one, where its own feature is the largest."""
+def test_centres_and_features_of_few_observations():
+    """A centre for each distinct one, where its own feature is the largest."""
     distinct = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
     obs = distinct[[3, 3, 0, 1, 4, 2, 0, 1, 2, 2]]
     agent = Agent(obs, torch.zeros(10), SPACES[0], Args(num_features=5))
-    assert agent.tabular and agent.places.shape == (5, 2)
+    assert agent.tabular and agent.centres.shape == (5, 2)
     features = agent.critic_features(agent.encode(distinct))
-    torch.testing.assert_close(agent.places[features.argmax(-1)], (distinct - obs.mean(0)) / obs.std(0, correction=0))
+    torch.testing.assert_close(agent.centres[features.argmax(-1)], (distinct - obs.mean(0)) / obs.std(0, correction=0))
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(5))
     assert not Agent(obs, torch.zeros(10), SPACES[0], Args(num_features=4)).tabular
 
 
-def test_places_and_features_of_many_observations():
+def test_centres_and_features_of_many_observations():
     obs = torch.randn(60, 2) * torch.tensor([3.0, 0.01]) + 5
     agent = Agent(obs, torch.zeros(60), SPACES[0], Args(num_features=6))
-    encoded, places = (obs - obs.mean(0)) / torch.stack([obs[:, 0].std(correction=0), torch.tensor(0.1)]), agent.places / 2
-    assert not agent.tabular and places.shape == (6, 2)
-    for k in range(1, 6):  # each is the observation farthest from the places before
-        distances = torch.cdist(encoded, places[:k]).amin(1)
-        torch.testing.assert_close(places[k], encoded[distances.argmax()])
-    torch.testing.assert_close(agent.log_width.exp(), 0.8 * distances.max())
+    encoded, centres = (obs - obs.mean(0)) / torch.stack([obs[:, 0].std(correction=0), torch.tensor(0.1)]), agent.centres
+    assert not agent.tabular and centres.shape == (6, 2)
+    for k in range(1, 6):  # each is the observation farthest from the centres before
+        distances = torch.cdist(encoded, centres[:k]).amin(1)
+        torch.testing.assert_close(centres[k], encoded[distances.argmax()])
+    torch.testing.assert_close(agent.log_width.exp(), 0.4 * distances.max())
     s = agent.encode(torch.cat([obs, torch.tensor([[1e6, -1e6]])]))
     torch.testing.assert_close(s, torch.cat([encoded, torch.tensor([[10.0, -10.0]])]))
     agent.log_width.data -= 5  # so narrow that all would be zero, were they not of length 1
-    near = -((torch.cdist(s, agent.places) / agent.log_width.exp()) ** 2)
+    near = -((torch.cdist(s, agent.centres) / agent.log_width.exp()) ** 2)
     near = (near - near.amax(-1, keepdim=True)).exp()
     features = torch.cat([torch.ones(61, 1), s / 3, (near / near.sum(-1, keepdim=True)).sqrt()], dim=-1)
     torch.testing.assert_close(agent.critic_features(s), features)
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_ways_lead_to_the_most_valuable_places(space):
+def test_ways_lead_to_the_most_valuable_centres(space):
     agent = Agent(torch.eye(4), torch.zeros(4), space, Args())
-    posterior, s, k = Posterior(agent, 1), agent.places[:1], 2 * agent.discrete  # any action counts; for a Box, a = 0 alone
+    posterior, s, k = Posterior(agent, 1), agent.centres[:1], 2 * agent.discrete  # any action counts; for a Box, a = 0 alone
     posterior.mean, posterior.variance = torch.zeros(1, 3, 4), torch.full((1, 3, 4), 1e-4)
     posterior.mean[0, k, 1], posterior.variance[0, k, 2] = 5, 100  # the best as far as is known, and the best that may be
-    posterior.mean[0, 1, 3] = 50 * (not agent.discrete)  # the slope at another place
+    posterior.mean[0, 1, 3] = 50 * (not agent.discrete)  # the slope at another centre
     f = agent.critic_features(s)
     ways = agent.make_input(s, f, posterior, *posterior.predict(f), torch.ones(1, 3))[0, -8:].view(2, 4)
-    torch.testing.assert_close(ways, agent.places[1:3] - s)
+    torch.testing.assert_close(ways, agent.centres[1:3] - s)
 
 
 @pytest.mark.parametrize("flag", ["meta_policy", "meta_value", "meta_action_selection"])
 def test_what_is_switched_off_stays(flag):
     parts = {"meta_policy": ("policy", "log_std", "log_temperature"), "meta_action_selection": ("optimism",)}
-    parts["meta_value"] = ("places", "log_width", "prior_mean", "log_precision", "log_noise")
+    parts["meta_value"] = ("centres", "log_width", "prior_mean", "log_precision", "log_noise")
     agent, batch = play(SPACES[1], **{flag: False})
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
     optimizer = torch.optim.Adam(agent.parameters(), lr=0.01)
