@@ -191,8 +191,8 @@ class Agent(nn.Module):
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
         self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)
-        critic = [self.centres, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
-        nn.ParameterList(critic).requires_grad_(args.meta_value)
+        self.critic = [self.centres, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
+        nn.ParameterList(self.critic).requires_grad_(args.meta_value)
         nn.ParameterList([*self.policy.parameters(), self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
         self.optimism.requires_grad_(args.meta_action_selection)
 
@@ -204,8 +204,7 @@ class Agent(nn.Module):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def critic_features(self, obs):
-        """f(s) (..., F) of encoded observations: how near they are to each centre, a unit vector, after 1 and obs / 3 if there
-        are more observations than centres."""
+        """f(s) (..., F), s encoded: its nearness to each centre, a unit vector, after 1 and s / 3 if there are more states."""
         squares = (obs[..., None, :] - self.centres).square().sum(-1)
         near = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()
         return near if self.tabular else torch.cat([torch.ones_like(obs[..., :1]), obs / 3, near], dim=-1)
@@ -223,9 +222,8 @@ class Agent(nn.Module):
         return nn.functional.pad((q[..., 1:] / temperature).clamp(-1, 1), (1, 0), value=1.0)
 
     def make_input(self, obs, features, belief, q, covariance, clock):
-        """What policy and value network read (M, I): the encoded observation (M, D), its features (M, F), what was learned of
-        the weights and how well, Q here and its deviation, the clock (M, 3), and the ways (M, D) to the most valuable centres,
-        by the mean of their value and by a deviation above it."""
+        """What policy and value network read (M, I): the encoded observation, its features, what was learned of the weights
+        and how well, Q and its deviation, the clock, the ways to the centres of highest value and of highest upper bound."""
         learned = (belief.mean - belief.prior_mean).flatten(1)
         known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
@@ -574,7 +572,8 @@ if __name__ == "__main__":
     real = batch["masks"] > 0
     seed_all(args.seed, 0, START)
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
+    others = [p for p in agent.parameters() if all(p is not x for x in agent.critic)]
+    optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic}], eps=1e-5)
     group = WORLD_SIZE * args.num_explorations
     if args.num_tasks == 0:
         limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
@@ -607,6 +606,7 @@ if __name__ == "__main__":
         rng = seed_all(args.seed, iteration, RANK)
         remaining = 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
+        optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's, which moves in the first epoch alone
         tasks = sample_tasks(envs, num_tasks // args.num_explorations, rng)
         if train_tasks:
             tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=len(tasks))]
