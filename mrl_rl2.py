@@ -148,8 +148,8 @@ class CrossModalGridNavi(GridNavi):
         self.single_observation_space = gym.spaces.Box(-1, 2, (27,))
 
     def sample_tasks(self, num_tasks, rng):
-        drawn = rng.integers(2, size=(num_tasks, 4))
-        senses = {"mixed": drawn, "apart": drawn[:, :1]}.get(self.senses, [sense == "v" for sense in self.senses])
+        drawn, kind = rng.integers(2, size=(num_tasks, 4)), self.senses
+        senses = drawn if kind == "mixed" else drawn[:, :1] if kind == "apart" else ["pv".index(x) for x in kind]
         return np.hstack([super().sample_tasks(num_tasks, rng), np.broadcast_to(senses, drawn.shape)])
 
     def reset(self, *, seed=None, options=None):
