@@ -280,7 +280,7 @@ def test_cross_modal_grid_navi_is_as_defined(senses, allowed):
             assert (obs[picture, 2:].argmax(1) == 5 * (t + 1)).all()
             assert (rewards == np.where((position == tasks[:, :2]).all(1), 1.0, -0.1)).all()
         envs.reset(options={"reset_mask": np.ones(500, dtype=bool)})
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError):
         begin("CrossModalGridNavi-v0", 2, senses="mixd")
 
 
