@@ -81,7 +81,7 @@ class Args:
     meta_policy: bool = True  # learn pi_theta and the temperature, or keep them as they are at the start
     meta_value: bool = True  # learn the critic's features, prior and noise, or keep them as they are at the start
     meta_action_selection: bool = True  # learn the optimism, or do without
-    hidden_size: int = 128  # units of each of the two hidden layers, of policy and value network
+    hidden_size: int = 64  # units of each of the two hidden layers, of policy and value network
     num_features: int = 32  # greatest number of centres of the critic's features
     gamma: float = 0.99  # discount factor, over the whole trial
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
