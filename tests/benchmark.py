@@ -58,7 +58,7 @@ LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --total-timesteps 5000000"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
-    "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", f"{LONG_BANDIT} --total-timesteps 12000000", FIVE, ""),
+    "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", f"{LONG_BANDIT} --total-timesteps 6000000", FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", LONG_MDP, THREE, ""),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
