@@ -63,6 +63,8 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", LONG_MDP, THREE, ""),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
     "rl2_cross_modal_apart": ("mrl_rl2", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, "never sees a switch"),
+    "rl2_point_nav": ("mrl_rl2", "PointNav", "", FIVE, ""),
+    "rl2_sparse_point_nav": ("mrl_rl2", "SparsePointNav", "", FIVE, ""),
     "rl2_half_cheetah_dir": ("mrl_rl2", "HalfCheetahDir", "", THREE, ""),
     "maml_point_nav": ("mrl_maml", "PointNav", "", FIVE, "the default command"),
     "maml_point_nav_long": ("mrl_maml", "PointNav", "--total-timesteps 30000000", THREE, ""),
@@ -347,7 +349,7 @@ def over_seeds(rows):
     stderr = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0
     over_tasks, seconds = (statistics.mean(float(row[column]) for row in rows) for column in ("stderr", "seconds"))
     text = f"{show(statistics.mean(means), stderr)} ({over_tasks:.2g})"
-    return text, f"{len(rows)} seeds, {seconds / 60:.1f} minutes each"
+    return text, f"{len(rows)} seed{'s' * (len(rows) > 1)}, {seconds / 60:.1f} minutes each"
 
 
 def seeds_table(name, column):
@@ -397,9 +399,9 @@ README_ROWS = (  # family, measure, agent and adaptations of each script, publis
     ("TabularMDP", "trial of 10", "rl2_tabular_mdp_n10 trial", "", "actor_critic_tabular_mdp trial",
      "156.2 (RL²), 159.1 (SNAIL)", "about 162.5, near-Bayes"),
     ("TabularMDP", "an episode, after 0 / 1 / 3 steps", "", "maml_tabular_mdp 0 1 3", "", "", ""),
-    ("PointNav", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "", "maml_point_nav 0 1 2 3", "actor_critic_point_nav 1 2",
-     "-40.4 / -11.7 / -3.3 / -3.2 (MAML)", "-1.3 / -0.5"),
-    ("SparsePointNav", "episodes 1 / 2, or after 0 / 1 / 3 steps", "", "maml_sparse_point_nav 0 1 3",
+    ("PointNav", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "rl2_point_nav 1 2", "maml_point_nav 0 1 2 3",
+     "actor_critic_point_nav 1 2", "-40.4 / -11.7 / -3.3 / -3.2 (MAML)", "-1.3 / -0.5"),
+    ("SparsePointNav", "episodes 1 / 2, or after 0 / 1 / 3 steps", "rl2_sparse_point_nav 1 2", "maml_sparse_point_nav 0 1 3",
      "actor_critic_sparse_point_nav 1 2", "", "41 / 53.4"),
     ("HalfCheetahDir", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "rl2_half_cheetah_dir 1 2",
      "maml_half_cheetah_dir 0 1 2 3", "", "-51 / 293 / 314 / 316 (MAML)", "443 (their oracle)"),
