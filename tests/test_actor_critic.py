@@ -197,6 +197,12 @@ def test_actor_in_closed_form(space):
     torch.testing.assert_close(policy.log_prob(actions), density.sum())
 
 
+def test_critic_learns_from_actions_as_they_are_executed():
+    agent = Agent(torch.randn(9, 2), torch.zeros(9), SPACES[1], Args(num_features=3))
+    found = agent.action_features(torch.tensor([[3.0, -2.0], [0.5, 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, -1.0], [1.0, 0.5, 0.0]]))
+
+
 @pytest.mark.parametrize("space", SPACES)
 def test_meta_loss_is_clipped_ppo(space):
     agent, batch = play(space)

@@ -284,6 +284,9 @@ def test_what_a_run_leaves_behind(script, trained):
     assert all(np.isfinite(value) for series in logged.values() for _, value in series)
     assert [step for step, _ in logged["losses/entropy"]] == [STEPS[script] * i for i in range(1, 21)]
     assert len(logged["eval/generalization_gap"]) == 4
+    factors = {"mrl_rl2": [1], "mrl_maml": [1, 10], "mrl_actor_critic": [1, 5]}[script]  # parts that learn faster
+    rates = [group["lr"] for group in checkpoint(run_dir)["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([factor * logged["charts/learning_rate"][-1][1] for factor in factors])
     table = (run_dir.parents[1] / "stdout").read_text()
     for name, mean, stderr, _ in results(run_dir):
         assert f"{name:>12} {float(mean):10.3f} ± {float(stderr):.3f}" in table
