@@ -88,6 +88,7 @@ ABLATIONS = (  # script, families, switches, seeds, flags
     ("mrl_actor_critic", ("TabularMDP n=10", "PointNav", "SparsePointNav"), NO_META, THREE, ""),
 )
 
+TENTHS = {"mrl_rl2": 300_000, "mrl_maml": 600_000, "mrl_actor_critic": 300_000}  # of the environment steps of the defaults
 SPEEDS = {  # script: family, flags, environment steps of an iteration
     "mrl_rl2": ("Bandit k=5 n=100", "--num-tasks 1024 --hidden-size 64", 1024 * 100),
     "mrl_maml": ("PointNav", "--num-tasks 20 --num-episodes 20 --adapt-steps 1", 20 * 20 * 2 * 100),
@@ -286,8 +287,8 @@ def cross_modal(num_tasks: int = 4000):
 
 # SPEED AND SIZE
 def speed(what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: int = 3):
-    """Steps per second, medians over iterations -> speed.csv; with `busy`, the default commands alone and beside one busy
-    process per core -> wall_times.csv"""
+    """Steps per second, medians over iterations -> speed.csv; with `busy`, a tenth of the default commands, alone and beside
+    one busy process per core -> wall_times.csv"""
     for script, processes in itertools.product(() if what == "busy" else SCRIPTS, (1, 2)):
         family, flags, steps = SPEEDS[script]
         short = f"--eval-tasks 2 --eval-every 1000000 --total-timesteps {steps * (warm_up + iterations)}"
@@ -305,8 +306,8 @@ def speed(what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: i
         CHILDREN.extend(others)
         start = time.time()
         with tempfile.TemporaryDirectory() as folder:
-            call(script, "", folder)
-        row = {"script": script, "busy_processes": busy, "cores": os.cpu_count(), "seconds": round(time.time() - start)}
+            call(script, f"--total-timesteps {TENTHS[script]}", folder)
+        row = {"script": script, "env_steps": TENTHS[script], "busy_processes": busy, "cores": os.cpu_count(), "seconds": round(time.time() - start)}
         for process in others:
             process.kill()
         store("wall_times.csv", [row], ["script", "busy_processes"])
