@@ -40,6 +40,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -70,8 +71,8 @@ class Args:
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
     runs_dir: str = "runs"  # folder in which each run gets a folder of its own
-    resume: Annotated[str | None, CHECKPOINT] = None  # go on with the run of this checkpoint; flags override saved ones
-    evaluate: Annotated[str | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
+    resume: Annotated[Path | None, CHECKPOINT] = None  # go on with the run of this checkpoint; flags override saved ones
+    evaluate: Annotated[Path | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
@@ -144,8 +145,8 @@ class TabularMDP(TaskVectorEnv):
 
 
 for family in (TabularMDP,):
-    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have registered it
-        gym.register(f"{family.__name__}-v0", vector_entry_point=family)
+    gym.registry.pop(f"{family.__name__}-v0", None)  # of a copy of this file: the last one counts
+    gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
@@ -298,7 +299,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
-    next_obs, _ = envs.reset(seed=seed)
+    next_obs = as_floats(envs.reset(seed=seed)[0], tasks)
     batch, belief = [], Posterior(agent, envs.num_envs)
     episodes = agent.obs_mean.new_zeros(envs.num_envs, dtype=int)
     steps = torch.zeros_like(episodes)  # of the present episode
@@ -310,22 +311,17 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, clock)
         policy = agent.actor(inputs, q, covariance, clock)
         actions = policy.sample() if explore else policy.mode
-        next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(batch))
-        after, rewards, ended = (torch.as_tensor(x).to(obs) for x in (next_obs, rewards, terminated))
-        dones = terminated | truncated
-        if dones.any():
-            next_obs, _ = envs.reset(options={"reset_mask": dones})
+        next_obs, *others = step_envs(envs, actions, tasks, len(batch))
+        after, rewards, terminated, dones = (torch.as_tensor(x).to(obs) for x in others)
         masks, next_features = (episodes < num_episodes).to(obs), agent.critic_features(agent.encode(after))
         next_q = torch.einsum("mkf,mf->mk", belief.mean, next_features)
-        next_x = agent.critic_gamma * (1 - ended[:, None]) * agent.expected_x(next_q)
+        next_x = agent.critic_gamma * (1 - terminated[:, None]) * agent.expected_x(next_q)
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
-        step |= {"rewards": rewards * masks, "masks": masks, "episodes": episodes}
-        batch.append(step)
-        dones = torch.as_tensor(dones).to(episodes)
-        episodes, steps = episodes + dones, (steps + 1) * (1 - dones)
+        batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
+        episodes, steps = episodes + dones.long(), (steps + 1) * (1 - dones)
     return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
 
 
@@ -337,8 +333,7 @@ def differences(x, features, next_x, next_features, masks):
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across the ends of episodes. After the
-    trial comes nothing: the value there is zero."""
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across episodes; zero after the trial."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -371,8 +366,7 @@ def critic_loss(agent, batch, mb_inds):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, from what was known at each of their steps,
-    the other losses and diagnostics; returns their means over the real steps, by name."""
+    """Means by name of PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses over the trials `mb_inds`."""
     mb = {name: x[:, mb_inds] for name, x in batch.items()}
     real = mb["masks"] > 0
     inputs = mb["inputs"][real]
@@ -413,9 +407,8 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 
 def fail(message):
-    """Ends the program for bad input, with one line and exit code 2. Before the processes part, only the first one prints."""
-    if RANK == 0 or dist.is_initialized():
-        tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """Ends the program for bad input, with one line and exit code 2."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -463,8 +456,7 @@ def make_envs(args, num_envs):
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
         assert "/" not in module and module[-3:] != ".py", f"go to the folder of that file and give {Path(module).stem}:{name}"
-        if module:
-            importlib.import_module(module)
+        importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
         space, mode = envs.single_observation_space, envs.metadata.get("autoreset_mode")
@@ -474,8 +466,7 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        wrappers = str(getattr(envs.unwrapped, "envs", envs))
-        assert "<Normalize" not in wrappers, "leave out Normalize wrappers: no checkpoint holds their statistics"
+        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers: no checkpoint has their state"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -501,16 +492,26 @@ def to_env(actions, space):
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
-def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), resets none. A reward or observation not finite ends the program."""
-    next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
-    next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
-    wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
+def as_floats(x, tasks):
+    """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
+    x = np.array(x, dtype=np.float32).reshape(len(tasks), -1)
+    wrong = ~np.isfinite(x).all(axis=-1)
     if wrong.any():
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+        fail(f"--env-id: task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+    return x
+
+
+def step_envs(envs, actions, tasks, step):
+    """Steps all sub-environments with actions (N, ...) and resets those whose episode ends. Returns the observations (N, D) to
+    act on next, those that the step led to, and rewards, terminated and dones (N)."""
+    after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step > 20_000:
         fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
-    return next_obs, rewards, np.asarray(terminated, dtype=bool), np.asarray(truncated, dtype=bool)
+    next_obs = after = as_floats(after, tasks)
+    dones = np.logical_or(terminated, truncated)
+    if dones.any():
+        next_obs = as_floats(envs.reset(options={"reset_mask": dones})[0], tasks)
+    return next_obs, after, as_floats(rewards, tasks)[:, 0], np.array(terminated, dtype=bool), dones
 
 
 def report(results, rows, global_step, run_dir):
@@ -518,7 +519,8 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
+            stderr = x.std(correction=len(x) > 1).item() / len(x) ** 0.5
+            rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
@@ -527,9 +529,11 @@ def report(results, rows, global_step, run_dir):
 
 if __name__ == "__main__":
     # SETTINGS
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C, and output cut by `head`: no traceback
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if (path := args.evaluate if args.resume is None else args.resume) is not None:
+    if path := args.resume or args.evaluate:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
@@ -560,8 +564,9 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
     heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
-        fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
+    with suppress(Exception):  # tasks that cannot be pickled cannot be compared
+        if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+            fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(0, 0, START)  # whatever the seed, so that a checkpoint meets as many centres
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
@@ -575,10 +580,9 @@ if __name__ == "__main__":
     others = [p for p in agent.parameters() if all(p is not x for x in agent.critic)]
     optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic}], eps=1e-5)
     group = WORLD_SIZE * args.num_explorations
-    if args.num_tasks == 0:
-        limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
-        trial_steps = num_episodes * limit or real.sum().item() / 32
-        args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
+    limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
+    trial_steps = num_episodes * limit or real.sum().item() / 32
+    args.num_tasks = args.num_tasks or int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % group or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, at least {args.num_minibatches} each")
@@ -591,18 +595,17 @@ if __name__ == "__main__":
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
-    path = args.evaluate or str(run_dir / "checkpoint.pt")
+    run_dir = args.resume.parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
+    path = args.evaluate or run_dir / "checkpoint.pt"
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1, default=str))
+        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
     while global_step < args.total_timesteps and not args.evaluate:
-        iteration += 1
+        iteration, start = iteration + 1, time.time()
         rng = seed_all(args.seed, iteration, RANK)
         remaining = 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
@@ -611,7 +614,6 @@ if __name__ == "__main__":
         if train_tasks:
             tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=len(tasks))]
 
-        start = time.time()
         batch = rollout(agent, envs, tasks * args.num_explorations, num_episodes, int(rng.integers(2**31)))
         real, values = batch["masks"] > 0, batch["values"]
         advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
@@ -668,8 +670,8 @@ if __name__ == "__main__":
         saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-        torch.save(checkpoint, path + ".tmp")
-        os.replace(path + ".tmp", path)  # whole or not at all
+        torch.save(checkpoint, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # whole or not at all
     progress.close()
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
@@ -677,9 +679,8 @@ if __name__ == "__main__":
     # CLOSING
     if not results:  # nothing was left to train
         results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
-        report(results, [] if args.evaluate else eval_rows, global_step, run_dir)
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
+        if args.evaluate:
+            report(results, [], global_step, run_dir)
     print(f"\nreturn on {args.eval_tasks} held-out tasks")
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")

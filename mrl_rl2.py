@@ -29,6 +29,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,8 +60,8 @@ class Args:
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
     runs_dir: str = "runs"  # folder in which each run gets a folder of its own
-    resume: Annotated[str | None, CHECKPOINT] = None  # go on with the run of this checkpoint; flags override saved ones
-    evaluate: Annotated[str | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
+    resume: Annotated[Path | None, CHECKPOINT] = None  # go on with the run of this checkpoint; flags override saved ones
+    evaluate: Annotated[Path | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
@@ -115,8 +116,7 @@ class Bandit(TaskVectorEnv):
         return rng.random((num_tasks, self.k))
 
     def act(self, actions):
-        p = self.tasks[np.arange(self.num_envs), actions]
-        return np.where(self.np_random.random(self.num_envs) < p, 1.0, 0.0)
+        return np.where(self.np_random.random(self.num_envs) < self.tasks[np.arange(self.num_envs), actions], 1.0, 0.0)
 
 
 class GridNavi(TaskVectorEnv):
@@ -163,14 +163,13 @@ class CrossModalGridNavi(GridNavi):
 
 
 for family in (Bandit, GridNavi, CrossModalGridNavi):
-    if f"{family.__name__}-v0" not in gym.registry:  # a copy of this file may have registered it
-        gym.register(f"{family.__name__}-v0", vector_entry_point=family)
+    gym.registry.pop(f"{family.__name__}-v0", None)  # of a copy of this file: the last one counts
+    gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
 # AGENT
 class Agent(nn.Module):
-    """A GRU reads the trial. Actor and critic are linear in the observation, with weights and biases that are computed from
-    the GRU's hidden state (a hypernetwork, Beck et al. 2023)."""
+    """A GRU reads the trial, and gives the weights of a linear actor and critic (a hypernetwork, Beck et al. 2023)."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
@@ -246,7 +245,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
-    next_obs, _ = envs.reset(seed=seed)
+    next_obs = as_floats(envs.reset(seed=seed)[0], tasks)
     batch, previous, hidden = [], None, None
     episodes = agent.obs_mean.new_zeros(envs.num_envs, dtype=int)
     while (episodes < num_episodes).any():
@@ -254,23 +253,18 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         inputs = agent.make_input(obs, previous)
         policy, values, hidden = agent(inputs[None], hidden)
         actions = policy.sample() if explore else policy.mode  # (M, ...)
-        next_obs, rewards, terminated, truncated = step_envs(envs, actions, tasks, len(batch))
-        dones = terminated | truncated
-        if dones.any():
-            next_obs, _ = envs.reset(options={"reset_mask": dones})
+        next_obs, _, rewards, _, dones = step_envs(envs, actions, tasks, len(batch))
         masks = (episodes < num_episodes).to(obs)
         rewards, dones = torch.as_tensor(rewards).to(obs) * masks, torch.as_tensor(dones).to(obs)
         previous = obs, actions, rewards, dones
         step = {"inputs": inputs, "actions": actions, "logprobs": policy.log_prob(actions), "values": values}
-        step |= {"rewards": rewards, "masks": masks, "episodes": episodes}
-        batch.append(step)
+        batch.append(step | {"rewards": rewards, "masks": masks, "episodes": episodes})
         episodes = episodes + dones.long()
     return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
 
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across the ends of episodes. After the
-    trial comes nothing: the value there is zero."""
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (L, M), across episodes; zero after the trial."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -281,8 +275,7 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of the trials `mb_inds`, recomputed from their first step, the other
-    losses and diagnostics; returns their means over the real steps, by name."""
+    """Means by name of PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses over the trials `mb_inds`."""
     lengths = batch["masks"].sum(0)
     mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]  # longest first
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}
@@ -323,9 +316,8 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 
 def fail(message):
-    """Ends the program for bad input, with one line and exit code 2. Before the processes part, only the first one prints."""
-    if RANK == 0 or dist.is_initialized():
-        tqdm.write("\n" * (RANK > 0) + f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """Ends the program for bad input, with one line and exit code 2."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -373,8 +365,7 @@ def make_envs(args, num_envs):
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
         assert "/" not in module and module[-3:] != ".py", f"go to the folder of that file and give {Path(module).stem}:{name}"
-        if module:
-            importlib.import_module(module)
+        importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
         space, mode = envs.single_observation_space, envs.metadata.get("autoreset_mode")
@@ -384,8 +375,7 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        wrappers = str(getattr(envs.unwrapped, "envs", envs))
-        assert "<Normalize" not in wrappers, "leave out Normalize wrappers: no checkpoint holds their statistics"
+        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers: no checkpoint has their state"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -411,16 +401,26 @@ def to_env(actions, space):
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
-def step_envs(envs, actions, tasks, step):
-    """Steps all sub-environments with actions (N, ...), resets none. A reward or observation not finite ends the program."""
-    next_obs, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
-    next_obs, rewards = np.asarray(next_obs, dtype=np.float32), np.asarray(rewards, dtype=np.float32).reshape(len(tasks))
-    wrong = ~(np.isfinite(rewards) & np.isfinite(next_obs).all(axis=-1))
+def as_floats(x, tasks):
+    """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
+    x = np.array(x, dtype=np.float32).reshape(len(tasks), -1)
+    wrong = ~np.isfinite(x).all(axis=-1)
     if wrong.any():
-        fail(f"--env-id: step {step} of task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+        fail(f"--env-id: task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+    return x
+
+
+def step_envs(envs, actions, tasks, step):
+    """Steps all sub-environments with actions (N, ...) and resets those whose episode ends. Returns the observations (N, D) to
+    act on next, those that the step led to, and rewards, terminated and dones (N)."""
+    after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step > 20_000:
         fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
-    return next_obs, rewards, np.asarray(terminated, dtype=bool), np.asarray(truncated, dtype=bool)
+    next_obs = after = as_floats(after, tasks)
+    dones = np.logical_or(terminated, truncated)
+    if dones.any():
+        next_obs = as_floats(envs.reset(options={"reset_mask": dones})[0], tasks)
+    return next_obs, after, as_floats(rewards, tasks)[:, 0], np.array(terminated, dtype=bool), dones
 
 
 def report(results, rows, global_step, run_dir):
@@ -428,7 +428,8 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
+            stderr = x.std(correction=len(x) > 1).item() / len(x) ** 0.5
+            rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
@@ -437,9 +438,11 @@ def report(results, rows, global_step, run_dir):
 
 if __name__ == "__main__":
     # SETTINGS
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C, and output cut by `head`: no traceback
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
-    if (path := args.evaluate if args.resume is None else args.resume) is not None:
+    if path := args.resume or args.evaluate:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
@@ -470,8 +473,9 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     envs = make_envs(args, 32)
     heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
-    if pickle.dumps(heldout_tasks) != pickle.dumps(again):
-        fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
+    with suppress(Exception):  # tasks that cannot be pickled cannot be compared
+        if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+            fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
@@ -480,10 +484,9 @@ if __name__ == "__main__":
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
     real = batch["masks"] > 0
     agent.set_units(batch["inputs"][real][:, : agent.obs_dim], batch["rewards"][real])
-    if args.num_tasks == 0:
-        limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
-        trial_steps = num_episodes * limit or real.sum().item() / 32
-        args.num_tasks = int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
+    limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
+    trial_steps = num_episodes * limit or real.sum().item() / 32
+    args.num_tasks = args.num_tasks or int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, at least {args.num_minibatches} each")
@@ -496,18 +499,17 @@ if __name__ == "__main__":
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    run_dir = Path(args.resume).parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
-    path = args.evaluate or str(run_dir / "checkpoint.pt")
+    run_dir = args.resume.parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
+    path = args.evaluate or run_dir / "checkpoint.pt"
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', path])}", file=sys.stderr)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1, default=str))
+        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
     while global_step < args.total_timesteps and not args.evaluate:
-        iteration += 1
+        iteration, start = iteration + 1, time.time()
         rng = seed_all(args.seed, iteration, RANK)
         remaining = 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
@@ -515,7 +517,6 @@ if __name__ == "__main__":
         if train_tasks:
             tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
 
-        start = time.time()
         batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)))
         real, values = batch["masks"] > 0, batch["values"]
         advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
@@ -568,8 +569,8 @@ if __name__ == "__main__":
         saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
-        torch.save(checkpoint, path + ".tmp")
-        os.replace(path + ".tmp", path)  # whole or not at all
+        torch.save(checkpoint, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # whole or not at all
     progress.close()
     if RANK > 0:
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
@@ -577,9 +578,8 @@ if __name__ == "__main__":
     # CLOSING
     if not results:  # nothing was left to train
         results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
-        report(results, [] if args.evaluate else eval_rows, global_step, run_dir)
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the output may stop reading
+        if args.evaluate:
+            report(results, [], global_step, run_dir)
     print(f"\nreturn on {args.eval_tasks} held-out tasks")
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
