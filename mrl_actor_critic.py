@@ -353,7 +353,7 @@ def mean_of_others(x, masks, num_explorations):
 def critic_loss(agent, batch, mb_inds):
     """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X:
     how badly each reward was predicted from those before it (chain rule), all at once. next_x is held fixed."""
-    mb = {name: x[:, mb_inds].transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
+    mb = {name: x[:, mb_inds].transpose(0, 1) for name, x in batch.items() if name != "inputs"}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
@@ -366,17 +366,15 @@ def critic_loss(agent, batch, mb_inds):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Means by name of PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses over the trials `mb_inds`."""
-    mb = {name: x[:, mb_inds] for name, x in batch.items()}
-    real = mb["masks"] > 0
-    inputs = mb["inputs"][real]
-    policy = agent.actor(inputs, mb["q"][real], mb["covariance"][real], mb["clock"][real])
-    newvalues = agent.baseline(inputs)
-    logratio = policy.log_prob(mb["actions"][real]) - mb["logprobs"][real]  # (S)
-    ratio, advantages = logratio.exp(), mb["advantages"][real]
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps `mb_inds` of (S, ...)."""
+    mb = {name: x[mb_inds] for name, x in batch.items()}
+    policy = agent.actor(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
+    newvalues = agent.baseline(mb["inputs"])
+    logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]
+    ratio, advantages = logratio.exp(), mb["advantages"]
     losses = {
         "policy_loss": -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages),
-        "value_loss": ((newvalues - mb["returns"][real]) / agent.return_std) ** 2,
+        "value_loss": ((newvalues - mb["returns"]) / agent.return_std) ** 2,
         "entropy": policy.entropy(),
         "approx_kl": ratio - 1 - logratio,
         "clipfrac": ((ratio - 1).abs() > clip_coef).float(),
@@ -626,14 +624,15 @@ if __name__ == "__main__":
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 
-        losses = []
+        losses, num_steps, flat = [], int(real.sum()), {name: x[real] for name, x in batch.items()}  # (S, ...)
         for epoch in range(args.update_epochs):
-            for mb_inds in torch.randperm(num_tasks, device=args.device).tensor_split(args.num_minibatches):  # whole trials
-                mb_losses = meta_loss(agent, batch, mb_inds)
+            inds = (torch.randperm(n, device=args.device).tensor_split(args.num_minibatches) for n in (num_steps, num_tasks))
+            for mb_inds, mb_trials in zip(*inds, strict=True):
+                mb_losses = meta_loss(agent, flat, mb_inds)
                 loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
                 loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]
                 if epoch == 0 and args.meta_value:
-                    mb_losses["critic_loss"] = critic_loss(agent, batch, mb_inds)
+                    mb_losses["critic_loss"] = critic_loss(agent, batch, mb_trials)
                     loss = loss + mb_losses["critic_loss"]
                 optimizer.zero_grad()
                 loss.backward()

@@ -275,7 +275,7 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
-    """Means by name of PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses over the trials `mb_inds`."""
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps of the trials `mb_inds`."""
     lengths = batch["masks"].sum(0)
     mb_inds = mb_inds[lengths[mb_inds].argsort(descending=True)]  # longest first
     mb = {name: x[: int(lengths[mb_inds[0]]), mb_inds] for name, x in batch.items()}

@@ -129,7 +129,7 @@ class Blind(Side):
 
 class Functions(Side):  # tasks that cannot be pickled
     def sample_tasks(self, num_tasks, rng):
-        return [lambda action, side=side: float(action == side) for side in super(Functions, self).sample_tasks(num_tasks, rng)]
+        return [lambda action, side=side: float(action == side) for side in rng.integers(2, size=num_tasks)]
 
     def reward(self, action):
         return self.task(action)
