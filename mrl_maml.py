@@ -62,7 +62,7 @@ class Args:
     seed: int = 1  # seed of every random draw
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
-    env_id: str = "PointNav-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
+    env_id: str = "PointNav-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
     total_timesteps: int = 6_000_000  # environment steps of the training, evaluations not counted
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
@@ -213,7 +213,7 @@ class AntDir(HalfCheetahDir):
 
 
 for family in (PointNav, SparsePointNav, HalfCheetahDir, HalfCheetahVel, AntDir):
-    gym.registry.pop(f"{family.__name__}-v0", None)  # of a copy of this file: the last one counts
+    gym.registry.pop(f"{family.__name__}-v0", None)  # a copy of this file may have registered it: the last one counts
     gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
@@ -433,7 +433,7 @@ def fail(message):
 
 
 def seed_all(*key):
-    """Seeds torch and returns a numpy generator, both from (seed, iteration, process): no random state need be saved."""
+    """Seeds torch and returns a numpy generator, both from (seed, iteration, process): no random state has to be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng

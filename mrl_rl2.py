@@ -5,9 +5,9 @@
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
-A trial is E episodes of one task. In the inner loop a GRU reads each observation and the step that led there: observation,
-action, reward, end of an episode. Acting on its hidden state, which goes on from episode to episode, is the adaptation: there
-is no gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
+A trial is E episodes of one task. In the inner loop, a GRU reads each observation and the step before it: its observation,
+action and reward, and whether it ended an episode. The hidden state is carried over from episode to episode; acting on it is
+the adaptation, without any gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
 
     J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
 
@@ -16,8 +16,8 @@ so advantages, too, run across the ends of episodes. The algorithm is # AGENT, #
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
 
-Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps a trial, D observation size, A action size, I =
-2 D + A + 2 input size, H hidden size, S real steps of all trials: those before its last episode ends.
+Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps of the longest trial, D observation size, A
+action size, I = 2 D + A + 2 input size, H hidden size, S real steps of all trials: each one's up to the end of its last episode.
 """
 
 import copy
@@ -53,7 +53,7 @@ class Args:
     seed: int = 1  # seed of every random draw
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
-    env_id: str = "GridNavi-v0"  # task family; of another file `module:name`, such as mrl_maml:PointNav-v0
+    env_id: str = "GridNavi-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
     total_timesteps: int = 3_000_000  # environment steps of the training, evaluations not counted
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
@@ -72,7 +72,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
     update_epochs: int = 4  # passes over the meta-batch in each iteration
-    ent_coef: float = 0.02  # weight of the entropy at the start, for discrete actions only; it falls linearly to zero
+    ent_coef: float = 0.02  # weight of the entropy of discrete actions at the start; it falls linearly to zero
 
 
 # TASK FAMILIES
@@ -163,7 +163,7 @@ class CrossModalGridNavi(GridNavi):
 
 
 for family in (Bandit, GridNavi, CrossModalGridNavi):
-    gym.registry.pop(f"{family.__name__}-v0", None)  # of a copy of this file: the last one counts
+    gym.registry.pop(f"{family.__name__}-v0", None)  # a copy of this file may have registered it: the last one counts
     gym.register(f"{family.__name__}-v0", vector_entry_point=family)
 
 
@@ -175,11 +175,11 @@ class Agent(nn.Module):
         super().__init__()
         self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
-        self.encoder, code_dim = nn.Identity(), obs_dim  # for images: a CNN, which gets them flat, and its output size
+        self.encoder, code_dim = nn.Identity(), obs_dim  # for images, which arrive flat: a CNN and its output size
         self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
         self.out_dim = self.action_dim * (1 if self.discrete else 2) + 1  # logits, or means and log deviations; the value
         self.hypernetwork = nn.Linear(args.hidden_size, self.out_dim * (code_dim + 1))
-        nn.init.orthogonal_(self.hypernetwork.weight, 0.01)
+        nn.init.orthogonal_(self.hypernetwork.weight, 0.01)  # so the bias is the first actor and critic
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
         self.reward_scale, self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (1.0, 0.0, 1.0))
         if args.init_as_memory:
@@ -187,8 +187,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def init_as_memory(self, code_dim):
-        """Starts the GRU as a memory: each unit takes in the reward where a random linear function of the previous observation
-        and action is below -8, and keeps its state elsewhere. PyTorch's start halves the state at each step."""
+        """Starts the GRU as a memory: a unit takes in the reward where a random linear function of the previous observation
+        and action is below -8, and keeps its state elsewhere. PyTorch's default halves the state at each step."""
         _, keep, new = self.gru.weight_ih_l0.chunk(3)  # reset, update and new gate (H, I); an update gate of 1 keeps the state
         for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
             parameter.zero_()
@@ -203,9 +203,9 @@ class Agent(nn.Module):
         self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt()  # 1 if there were none
 
     def make_input(self, obs, previous=None):
-        """What the GRU reads (M, I): observations (M, D) and the previous step, its (observations (M, D), actions (M, ...),
-        rewards (M), dones (M)), zeros at the start of a trial. After an episode's last step come its reward and the first
-        observation of the next episode: the GRU never reads an observation from which no action is taken."""
+        """The input (M, I), its observations still raw: observations (M, D) and the previous step, its (observations (M, D),
+        actions (M, ...), rewards (M), dones (M)), zeros at the start of a trial. After an episode's last step come its reward
+        and the first observation of the next episode: the GRU never reads an observation from which no action is taken."""
         if previous is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
         previous_obs, actions, rewards, dones = previous
@@ -213,9 +213,9 @@ class Agent(nn.Module):
         return torch.cat([obs, previous_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
 
     def forward(self, inputs, hidden=None, real=None, segment=16):
-        """Policy and values (S) at the `real` steps (L, M), or all, of inputs (L, M, I), and the hidden state (1, M, H) after
-        the last; `hidden` is the one before the first. With `real`, trials are sorted longest first and drop out at the
-        segment after their end, so that time follows the real steps (a packed sequence takes 2 to 7 times as long)."""
+        """Policy and values (S) at the `real` steps (L, M), by default all, of inputs (L, M, I), and the last hidden state
+        (1, M, H); `hidden` is the first. With `real`, trials must come longest first, and leave at the segment after their end,
+        which saves time (packing takes 2 to 7 times as long); gradients flow through all segments."""
         real = torch.ones_like(inputs[..., 0]).bool() if real is None else real
         obs, others = inputs.tensor_split([2 * self.obs_dim], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
@@ -233,14 +233,14 @@ class Agent(nn.Module):
         if self.discrete:
             return Categorical(logits=params, validate_args=False), values, hidden
         mean, log_std = params.chunk(2, dim=-1)
-        std = (log_std - 0.5).clamp(-5, 2).exp()  # too long a gradient step must neither freeze the policy nor blow it up
+        std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
         return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), values, hidden
 
 
 # ALGORITHM
 @torch.no_grad()
 def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
-    """Plays a trial of `num_episodes` episodes in each sub-environment; those that have ended go on, masked, until all have.
+    """Plays a trial of `num_episodes` episodes in each sub-environment; those that are done go on, masked, until all are.
     Without `explore`, takes the most probable actions. Returns a dict: inputs (L, M, I), actions (L, M, ...), and (L, M) each:
     logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
@@ -322,7 +322,7 @@ def fail(message):
 
 
 def seed_all(*key):
-    """Seeds torch and returns a numpy generator, both from (seed, iteration, process): no random state need be saved."""
+    """Seeds torch and returns a numpy generator, both from (seed, iteration, process): no random state has to be saved."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
