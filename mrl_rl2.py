@@ -17,7 +17,7 @@ so advantages, too, run across the ends of episodes. The algorithm is # AGENT, #
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
 
 Shapes: M tasks in a meta-batch (one trial each), E episodes a trial, L steps of the longest trial, D observation size, A
-action size, I = 2 D + A + 2 input size, H hidden size, S real steps of all trials: each one's up to the end of its last episode.
+action size, I = 2 D + A + 2 input size, H hidden size, S real steps: those up to the end of each trial's last episode.
 """
 
 import copy
@@ -214,8 +214,8 @@ class Agent(nn.Module):
 
     def forward(self, inputs, hidden=None, real=None, segment=16):
         """Policy and values (S) at the `real` steps (L, M), by default all, of inputs (L, M, I), and the last hidden state
-        (1, M, H); `hidden` is the first. With `real`, trials must come longest first, and leave at the segment after their end,
-        which saves time (packing takes 2 to 7 times as long); gradients flow through all segments."""
+        (1, M, H); `hidden` is the first. With `real`, trials must come longest first, and leave at the segment after their
+        end, which saves time (packing takes 2 to 7 times as long); gradients flow through all segments."""
         real = torch.ones_like(inputs[..., 0]).bool() if real is None else real
         obs, others = inputs.tensor_split([2 * self.obs_dim], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
