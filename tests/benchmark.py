@@ -74,6 +74,8 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "maml_half_cheetah_vel": ("mrl_maml", "HalfCheetahVel", "", THREE, ""),
     "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", SHORT, FIVE, "longer training explores less"),
     "actor_critic_grid_navi": ("mrl_actor_critic", "GridNavi", "", FIVE, ""),
+    "actor_critic_cross_modal": ("mrl_actor_critic", "CrossModalGridNavi", "", FIVE, ""),
+    "actor_critic_cross_modal_apart": ("mrl_actor_critic", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, ""),
     "actor_critic_point_nav": ("mrl_actor_critic", "PointNav", "", FIVE, ""),
     "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "", FIVE, ""),
 }
@@ -214,17 +216,21 @@ def ablation(scripts: Names = tuple(SCRIPTS), jobs: int = 2):
     train_all("ablation.csv", [run for run in runs if run[1] in scripts], jobs)
 
 
+def evaluate_stored(name, flags):
+    """Rows of the evaluation of an agent of tests/results."""
+    with tempfile.TemporaryDirectory() as folder:
+        call(TRAININGS[name][0], f"--evaluate {RESULTS / name}.pt {flags}", folder)
+        return last_evaluation(folder)
+
+
 def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
     """Agents of tests/results, all or those named, on held-out tasks -> evaluations.csv"""
     evaluations = [(name, TRAININGS[name][1], FAMILIES[TRAININGS[name][1]][2], "") for name in names]
     evaluations += [(name, "TabularMDP n=100", 1000, LONGER_TRIALS[name]) for name in LONGER_TRIALS if name in names]
     for name, family, num_tasks, flags in evaluations:
-        path = RESULTS / f"{name}.pt"
-        if path.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                call(TRAININGS[name][0], f"--evaluate {path} --eval-tasks {num_tasks} {flags}", folder)
-                rows = [{"name": name, "family": family} | row for row in last_evaluation(folder)]
-            store("evaluations.csv", rows, ["name", "family"])
+        if (RESULTS / f"{name}.pt").exists():
+            rows = evaluate_stored(name, f"--eval-tasks {num_tasks} {flags}")
+            store("evaluations.csv", [{"name": name, "family": family} | row for row in rows], ["name", "family"])
 
 
 def linear_probe(hidden, goals, steps=300):
@@ -283,6 +289,9 @@ def cross_modal(num_tasks: int = 4000):
             correct = (logits(kind[tested][half:]).argmax(-1) == goals[half:]).double()
             row = {"name": name, "states": "centred" if kind is centred else "whole", "trained": trained, "tested": tested}
             store("probe.csv", [row | {"accuracy": correct.mean().item(), "num_tasks": half}], [*row])
+    for name, (senses, _) in itertools.product(("actor_critic_cross_modal", "actor_critic_cross_modal_apart"), patterns):
+        rows = evaluate_stored(name, f"--eval-tasks {num_tasks} --env-kwargs senses {senses}")
+        store("cross_modal.csv", [{"name": name, "senses": senses} | row for row in rows], ["name", "senses"])
 
 
 # SPEED AND SIZE

@@ -340,9 +340,72 @@ def point_nav_rows():
         yield "SparsePointNav, episode 1", f"sweep at radius {radius} and homing", mean_return, 0.0, "grid", "simulation"
 
 
+# DARK ROOM of the package toymeta: 9x9 cells, start in the middle, a goal in any of them, +1 in each step that ends on it; 20
+# steps, 5 episodes
+PLAN = (  # found by simulated annealing: moves up, right, down, left, and staying
+    ".LDDRDLLULURULUURDRU",
+    "UUULLURRRDRRDLLDRRDD",
+    "DRDDDLLLLULUUUUUUURD",
+    "RRDDDDRRULURUUUUUULL",
+    "DDDDLLLL............",
+)
+PRICES = 31, 36, 27, 28, 19, 20, 15, 16, 13  # of a cell, by its distance from the start: from the dual of a linear program
+
+
+def dark_room_rows(steps=20):
+    """Returns of each episode: exact for the first, the last and a known goal, and bounds for the sum of all.
+
+    Until the goal is found, nothing is learned but where it is not, so a player chooses no more than one walk for each
+    episode. Once it is found, the best is to stay there, and to walk straight to it in later episodes. So if a cell is the
+    goal, to step on it for the first time in step t pays `steps + 1 - t`, and its `known` return in each later episode.
+
+    No first episode can do better than step on a new cell each time. PLAN does so in four episodes, after which one cell is
+    left, so its fifth episode is that of a known goal. A better sum is possible only by another order of the cells.
+
+    The upper bound: put a price on each cell. No plan can have more than the prices of all cells together and, for each
+    episode, the most that one walk gains over the prices of its cells, whatever the prices are. These most profitable walks
+    are found by dynamic programming, where a walk may gain from a cell again once that is not one of the last four.
+    """
+    start, cells = (4, 4), list(itertools.product(range(9), repeat=2))
+    distance = {(x, y): abs(x - 4) + abs(y - 4) for x, y in cells}
+    known = {cell: steps + 1 - max(1, distance[cell]) for cell in cells}
+    moves = {".": (0, 0), "U": (-1, 0), "R": (0, 1), "D": (1, 0), "L": (0, -1)}
+    reach = {(x, y): {(x + i, y + j) for i, j in moves.values()} & {*cells} for x, y in cells}
+
+    seen, planned = set(), []
+    for walk in PLAN:
+        planned.append(sum(known[cell] for cell in seen))
+        x, y = start
+        for t, move in enumerate(walk, 1):
+            x, y = x + moves[move][0], y + moves[move][1]
+            planned[-1] += (steps + 1 - t) * ((x, y) not in seen)
+            seen.add((x, y))
+    assert planned[0] == sum(range(steps + 1)) and planned[-1] == sum(known.values()) and seen == {*cells}
+
+    bound = sum(PRICES[d] for d in distance.values())
+    for later in reversed(range(len(PLAN))):
+        gains = {(): 0}  # of the best walk so far, by its last four cells
+        for t in range(1, steps + 1):
+            profit = {c: max(0, steps + 1 - t + later * known[c] - PRICES[distance[c]]) for c in cells}
+            before, gains = gains, {}
+            for last, gain in before.items():
+                for cell in reach[last[-1] if last else start]:
+                    now = (*last[-3:], cell)
+                    gains[now] = max(gains.get(now, 0), gain + profit[cell] * (cell not in last))
+        bound += max(gains.values())
+
+    yield "DarkRoom, each episode", "one that reads no rewards", steps / 81, 0.0, "exact", "expectation"
+    yield "DarkRoom, each episode", "known goal", sum(known.values()) / 81, 0.0, "exact", "expectation"
+    yield "DarkRoom, episode 1", "Bayes-optimal", planned[0] / 81, 0.0, "exact", "a new cell in each step"
+    for k, x in enumerate(planned, 1):
+        yield f"DarkRoom, episode {k}", "near-Bayes", x / 81, 0.0, "exact", "simulated annealing"
+    yield "DarkRoom, sum of 5 episodes", "near-Bayes", sum(planned) / 81, 0.0, "exact", "simulated annealing"
+    yield "DarkRoom, sum of 5 episodes", "upper bound", bound / 81, 0.0, "exact", "linear programming"
+
+
 if __name__ == "__main__":
     path, rows = Path(__file__).parent / "results" / "players.csv", [COLUMNS]
-    for family_rows in (grid_navi_rows, point_nav_rows, mdp_rows, bandit_rows):
+    for family_rows in (grid_navi_rows, point_nav_rows, dark_room_rows, mdp_rows, bandit_rows):
         for family, player, mean, stderr, num_tasks, source in family_rows():
             rows.append((family, player, f"{mean:.4f}", f"{stderr:.4f}", num_tasks, source))
             print(f"{family:31} {player:46} {mean:10.3f} ± {stderr:.3f}", flush=True)
