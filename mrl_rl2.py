@@ -71,7 +71,7 @@ class Args:
     gamma: float = 0.97  # discount factor, over the whole trial
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
-    update_epochs: int = 4  # passes over the meta-batch in each iteration
+    update_epochs: int = 6  # passes over the meta-batch in each iteration
     ent_coef: float = 0.02  # weight of the entropy of discrete actions at the start; it falls linearly to zero
 
 
@@ -190,7 +190,7 @@ class Agent(nn.Module):
         """Starts the GRU as a memory: a unit takes in the reward where a random linear function of the previous observation
         and action is below -8, and keeps its state elsewhere. PyTorch's default halves the state at each step."""
         _, keep, new = self.gru.weight_ih_l0.chunk(3)  # reset, update and new gate (H, I); an update gate of 1 keeps the state
-        for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep):
+        for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep, new):
             parameter.zero_()
         keep[:, code_dim:-2].normal_(std=5.0)  # the columns of the previous observation and action
         keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # many dimensions or few: as selective
