@@ -360,3 +360,13 @@ def test_evaluation_longer_than_training():
     results = script.evaluate(agent, envs, tasks, Args(eval_episodes=20))
     assert [*results] == [*range(1, 11), "trial"] and all(len(x) == 4 for x in results.values())
     torch.testing.assert_close(sum(results[k] for k in range(1, 11)), results["trial"])
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_update_computes_on_the_device_of_its_input(space):
+    """Without a GPU: torch's meta device refuses to mix with tensors that some line makes on the CPU."""
+    agent, batch = play(space)
+    agent, batch = agent.to("meta"), {name: x.to("meta") for name, x in batch.items()}
+    flat, inds = {name: x.flatten(0, 1) for name, x in batch.items()}, torch.arange(4, device="meta")
+    (sum(meta_loss(agent, flat, inds).values()) + critic_loss(agent, batch, inds)).backward()
+    assert all(p.grad.device.type == "meta" for p in agent.parameters() if p.numel())

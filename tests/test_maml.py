@@ -422,3 +422,15 @@ def test_tasks_see_different_noise():
     assert (first["actions"][0] != first["actions"][1]).all()
     again = collect(agent, envs, [1.0, 1.0], 1, np.random.default_rng(0), args)[0]
     torch.testing.assert_close(again["obs"][:, 0], first["obs"][:, 0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("env_id", ["MAMLCountdown-v0"])
+@pytest.mark.parametrize("inner_loss", ["ratio", "log-prob", "dice"])
+def test_update_computes_on_the_device_of_its_input(env_id, inner_loss):
+    """Without a GPU: torch's meta device refuses to mix with tensors that some line makes on the CPU."""
+    args, agent, batches = play(env_id, 2, 2, inner_loss=inner_loss)
+    agent = agent.to("meta")
+    batches = [{name: x.to("meta") for name, x in batch.items()} for batch in batches]
+    sum(losses.mean() for losses in all_tasks(agent, batches, args).values()).backward()
+    vmap(partial(add_advantages, args=args))({name: batches[0][name] for name in ("obs", "rewards", "masks")})
+    assert all(p.grad.device.type == "meta" for p in agent.weights.values())
