@@ -76,8 +76,7 @@ class Args:
 
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
-    num_tasks: int = 0  # trials (not tasks) in a meta-batch, M (0: 16,000 environment steps, but 16 to 1024)
-    num_explorations: int = 4  # trials of each task in a meta-batch; the others are each one's baseline
+    num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
     eval_episodes: int = 0  # episodes of a trial in evaluations (0: as many as in training)
     meta_policy: bool = True  # learn pi_theta and the temperature, or keep them as they are at the start
     meta_value: bool = True  # learn the critic's features, prior and noise, or keep them as they are at the start
@@ -343,13 +342,6 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
     return advantages
 
 
-def mean_of_others(x, masks, num_explorations):
-    """Mean of x (L, M) over the other trials of a trial's task at the same time, zero where there is none: a baseline."""
-    x, masks = (y.unflatten(1, (num_explorations, -1)) for y in (x * masks, masks))
-    others = (x.sum(1, keepdim=True) - x) / (masks.sum(1, keepdim=True) - masks).clamp(min=1)
-    return others.flatten(1, 2)
-
-
 def critic_loss(agent, batch, mb_inds):
     """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X:
     how badly each reward was predicted from those before it (chain rule), all at once. next_x is held fixed."""
@@ -545,7 +537,7 @@ if __name__ == "__main__":
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks eval_episodes learning_rate ent_coef", 0, 2**53),
-        ("total_timesteps eval_every num_explorations hidden_size num_features num_minibatches update_epochs", 1, 2**53),
+        ("total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
         ("torch_threads", 1, os.cpu_count()),
@@ -577,13 +569,12 @@ if __name__ == "__main__":
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
     others = [p for p in agent.parameters() if all(p is not x for x in agent.critic)]
     optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic}], eps=1e-5)
-    group = WORLD_SIZE * args.num_explorations
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     trial_steps = num_episodes * limit or real.sum().item() / 32
-    args.num_tasks = args.num_tasks or int(np.clip(16_000 / trial_steps, 16, 1024)) // group * group or group
+    args.num_tasks = args.num_tasks or int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
-    if args.num_tasks % group or num_tasks < args.num_minibatches:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {group}, at least {args.num_minibatches} each")
+    if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, at least {args.num_minibatches} each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -608,15 +599,14 @@ if __name__ == "__main__":
         remaining = 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
         optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's, which moves in the first epoch alone
-        tasks = sample_tasks(envs, num_tasks // args.num_explorations, rng)
+        tasks = sample_tasks(envs, num_tasks, rng)
         if train_tasks:
-            tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=len(tasks))]
+            tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
 
-        batch = rollout(agent, envs, tasks * args.num_explorations, num_episodes, int(rng.integers(2**31)))
+        batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)))
         real, values = batch["masks"] > 0, batch["values"]
         advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
         batch["returns"] = returns = advantages + values
-        advantages = advantages - mean_of_others(advantages, batch["masks"], args.num_explorations)
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
         step = 1.0 if iteration == 1 else 0.1  # the baseline is in units of the returns, followed slowly
         agent.return_mean.lerp_(returns[real].mean(), step)

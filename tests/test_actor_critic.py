@@ -243,17 +243,6 @@ def test_gae_against_its_definition():
             torch.testing.assert_close(advantages[t, m], expected)
 
 
-@pytest.mark.parametrize("num_explorations", [1, 3])
-def test_mean_of_others_against_its_definition(num_explorations):
-    x, lengths = torch.randn(5, 2 * num_explorations), [5, 3, 2, 4, 3, 1][: 2 * num_explorations]
-    masks = (torch.arange(5)[:, None] < torch.tensor(lengths)).double()
-    means, tasks = script.mean_of_others(x, masks, num_explorations), [0, 1] * num_explorations  # as the training repeats them
-    for t in range(5):
-        for m, task in enumerate(tasks):
-            others = [x[t, k] for k in range(len(tasks)) if k != m and tasks[k] == task and masks[t, k]]
-            torch.testing.assert_close(means[t, m], sum(others, torch.zeros(())) / max(len(others), 1))
-
-
 def test_centres_and_features_of_few_observations():
     """A centre for each distinct one, where its own feature is the largest."""
     distinct = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.0, 2.0], [1.0, 1.0]])

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {  # algorithm's settings of a few hundredths of a second an iteration
     "mrl_rl2": "--num-tasks 8 --hidden-size 8 --num-minibatches 2",
     "mrl_maml": "--num-tasks 4 --num-episodes 2 --adapt-steps 1 --hidden-size 8",
-    "mrl_actor_critic": "--num-tasks 8 --num-explorations 2 --hidden-size 8 --num-features 4 --num-minibatches 2",
+    "mrl_actor_critic": "--num-tasks 8 --hidden-size 8 --num-features 4 --num-minibatches 2",
 }
 ARMS = "--env-id mrl_rl2:Bandit-v0 --env-kwargs k 2 n 4 --eval-every 5 --eval-tasks 5"
 STEPS = {"mrl_rl2": 32, "mrl_maml": 16, "mrl_actor_critic": 32}  # of an iteration on ARMS
