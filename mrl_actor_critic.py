@@ -12,23 +12,24 @@ C, of the weights w of its critic Q(s, a) = x(a)'w f(s), and an actor that follo
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
-where Q is that of m, sigma its standard deviation, and a' from the softmax of Q: temporal-difference learning by a Kalman
-filter (Engel et al. 2005, Geist & Pietquin 2010), and a step of natural policy gradient from pi_theta. The critic looks a few
-steps ahead (0.4), the outer loop to the end of the trial. It learns what guides the learner:
+where rewards are in units of their size, w, m and d are matrices (K, F) on which C acts as on vectors, and <,> is their inner
+product. Q is that of m, sigma its standard deviation, and a' drawn from the softmax of Q / 0.5. This is temporal-difference
+learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010) and a step of natural policy gradient from pi_theta. The
+critic looks a step or two ahead (0.4), the outer loop to the end of the trial. It learns what guides the learner:
 
-    meta-policy              pi_theta and the temperature       by PPO, for the return of the whole trial
-    meta action selection    the optimism beta                  by PPO, for the return of the whole trial
-    meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L), once per meta-batch
+    meta-policy              pi_theta and the temperature       by PPO, for the discounted return of the trial
+    meta action selection    the optimism beta                  by PPO, for the discounted return of the trial
+    meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L), a pass a meta-batch
 
-Like RL²'s hidden state, m and C are the memory of the policy. What it reads of them is stored, not recomputed: PPO and the
-evidence share no parameter. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+Like RL²'s hidden state, m and C are the memory of the policy. What it reads of them is stored, not recomputed, so that PPO and
+the evidence share no parameter. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
     python mrl_actor_critic.py --env-id mrl_rl2:GridNavi-v0            # any family of the other scripts, or your own
 
 Shapes: M trials in a meta-batch, E episodes a trial, L steps a trial, D observation size, A action size, I input size of the
-networks, K size of x(a), F size of f(s), S real steps of all trials: those before its last episode ends.
+networks, K size of x(a), F size of f(s), S real steps: those up to the end of each trial's last episode.
 """
 
 import copy
@@ -75,7 +76,7 @@ class Args:
     evaluate: Annotated[Path | None, CHECKPOINT] = None  # only evaluate this checkpoint; flags override saved ones
 
     # Algorithm specific arguments
-    learning_rate: float = 2e-3  # learning rate of Adam at the start; it falls linearly to zero over the training
+    learning_rate: float = 2e-3  # learning rate of Adam at the start (the critic's: 5 times); it falls linearly to zero
     num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
     eval_episodes: int = 0  # episodes of a trial in evaluations (0: as many as in training)
     meta_policy: bool = True  # learn pi_theta and the temperature, or keep them as they are at the start
@@ -85,9 +86,9 @@ class Args:
     num_features: int = 32  # greatest number of centres of the critic's features
     gamma: float = 0.99  # discount factor, over the whole trial
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
-    num_minibatches: int = 4  # minibatches of whole trials in each epoch
+    num_minibatches: int = 4  # minibatches in each epoch: of steps for PPO, of whole trials for the evidence
     update_epochs: int = 4  # passes over the meta-batch in each iteration
-    ent_coef: float = 0.01  # weight of the entropy at the start, for discrete actions only; it falls linearly to zero
+    ent_coef: float = 0.01  # weight of the entropy of discrete actions at the start; it falls linearly to zero
 
 
 # TASK FAMILIES
@@ -161,7 +162,7 @@ class Agent(nn.Module):
     """The three meta parts, and the value network that is PPO's baseline. What is learned in a task is in `Posterior`."""
 
     def __init__(self, obs, rewards, action_space, args):
-        """Observations (S, D) and rewards (S) of an untrained agent set the units of measure for good, and first centres."""
+        """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
@@ -172,17 +173,17 @@ class Agent(nn.Module):
         obs, centres = self.encode(obs), []
         distances = torch.full_like(obs[:, 0], torch.inf)  # to the nearest centre
         while len(centres) < args.num_features and distances.max() > 0.01:
-            spacing = distances.max().clamp(max=10)
+            spacing = distances.max().clamp(max=10)  # 10 in place of the first one's infinity
             centres.append(obs[distances.argmax()])
             distances = distances.minimum((obs - centres[-1]).norm(dim=-1))
-        self.tabular = bool(distances.max() <= 0.01)  # each observation is a centre
+        self.tabular = bool(distances.max() <= 0.01)  # every observation so far is a centre
         self.centres, self.log_width = nn.Parameter(torch.stack(centres)), nn.Parameter((0.4 * spacing).log())
         self.critic_gamma = 0.4
         K, F = self.action_dim + (not self.discrete), len(centres) + (0 if self.tabular else 1 + obs.shape[1])
-        self.prior_mean, self.log_precision = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
-        level = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # the mean reward at every step
-        self.prior_mean.data[slice(None) if self.discrete else 0, slice(None) if self.tabular else 0] = level
-        self.log_noise = nn.Parameter(torch.tensor(0.5).log())
+        self.prior_mean, self.log_variance = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
+        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # where x(a) and f(s) are 1
+        self.prior_mean.data[rows, columns] = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # each step pays it
+        self.log_noise_std = nn.Parameter(torch.tensor(0.5).log())
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
         inputs = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3  # see `make_input`
         self.policy = make_network(inputs, args.hidden_size, self.action_dim, last_gain=0.01)
@@ -190,47 +191,48 @@ class Agent(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
-        self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)
-        self.critic = [self.centres, self.log_width, self.prior_mean, self.log_precision, self.log_noise]
-        nn.ParameterList(self.critic).requires_grad_(args.meta_value)
+        self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)  # PPO's baseline, no part of the critic
+        self.critic_parameters = [self.centres, self.log_width, self.prior_mean, self.log_variance, self.log_noise_std]
+        nn.ParameterList(self.critic_parameters).requires_grad_(args.meta_value)
         nn.ParameterList([*self.policy.parameters(), self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
         self.optimism.requires_grad_(args.meta_action_selection)
 
     def prior(self):
-        """Mean and variances (K, F) of the critic's weights before any data of a task, and the variance of the noise."""
-        return self.prior_mean, (-self.log_precision).exp(), (2 * self.log_noise).exp()
+        """Mean and variances (K, F) of the critic's weights before any data of a task, and the variance of the noise, which
+        must not vanish in a task without any."""
+        return self.prior_mean, self.log_variance.exp(), (2 * self.log_noise_std).exp() + 1e-4
 
     def encode(self, obs):
         return ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
 
     def critic_features(self, obs):
-        """f(s) (..., F), s encoded: its nearness to each centre, a unit vector, after 1 and s / 3 if there are more states."""
+        """f(s) (..., F), s encoded: roots of a softmax of nearness to the centres; unless tabular, after 1 and s / 3."""
         squares = (obs[..., None, :] - self.centres).square().sum(-1)
-        near = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()
+        near = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()  # a root, finite in its gradient
         return near if self.tabular else torch.cat([torch.ones_like(obs[..., :1]), obs / 3, near], dim=-1)
 
     def action_features(self, actions):
-        """x(a) (..., K): a discrete action one-hot, so that actions share nothing; (1, a) for a Box, a as it is executed."""
+        """x(a) (..., K): a discrete action one-hot, so that actions share nothing; (1, a) for a Box, a clipped to [-1, 1]."""
         if self.discrete:
             return nn.functional.one_hot(actions, self.action_dim).to(self.obs_mean)
         return nn.functional.pad(actions.clamp(-1, 1), (1, 0), value=1.0)
 
-    def expected_x(self, q, temperature=0.5):
-        """E[x(a')] (..., K) of the critic's own policy: softmax of Q / temperature; for a Box, along the gradient of Q."""
+    def expected_x(self, q):
+        """E[x(a')] (..., K) of the softmax of Q / 0.5, whatever the actor does; for a Box, x of the gradient of Q / 0.5."""
         if self.discrete:
-            return (q / temperature).softmax(-1)
-        return nn.functional.pad((q[..., 1:] / temperature).clamp(-1, 1), (1, 0), value=1.0)
+            return (q / 0.5).softmax(-1)
+        return nn.functional.pad((q[..., 1:] / 0.5).clamp(-1, 1), (1, 0), value=1.0)
 
     def make_input(self, obs, features, belief, q, covariance, clock):
         """What policy and value network read (M, I): the encoded observation, its features, what was learned of the weights
-        and how well, Q and its deviation, the clock, the ways to the centres of highest value and of highest upper bound."""
+        and how surely, Q and its deviation, the clock, and the ways to the centres of highest value and upper bound."""
         learned = (belief.mean - belief.prior_mean).flatten(1)
         known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
         at_centres = self.critic_features(self.centres)  # (centres, F)
         mean = belief.mean @ at_centres.mT  # (M, K, centres)
-        hopeful = mean + (belief.variance @ at_centres.mT**2).clamp(min=1e-8).sqrt()
-        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, hopeful))  # (M, centres)
+        upper = mean + (belief.variance @ at_centres.mT**2).clamp(min=1e-8).sqrt()
+        values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, upper))  # (M, centres)
         ways = [(x / 0.1).softmax(-1) @ self.centres - obs for x in values]
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([obs, features, learned, known, q, sigma, clock, *ways], dim=-1)
@@ -241,7 +243,8 @@ class Agent(nn.Module):
         Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first order)."""
         start, std, temperature = self.policy(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
         constant, by_episodes, by_steps = self.optimism
-        beta = (constant - by_episodes * clock[..., 1].log() + by_steps * clock[..., 2])[..., None]
+        log_left = -clock[..., 1].log()  # of the number of episodes left
+        beta = (constant + by_episodes * log_left + by_steps * clock[..., 2])[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
             return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False)
@@ -257,8 +260,8 @@ class Agent(nn.Module):
 
 
 class Posterior:
-    """The learners of M trials: mean and covariance of the weights of each one's critic. The covariance is kept as what it is
-    at the start less what the t steps so far took off, C = C_0 - sum_i v_i v_i', with v_i = C d_i / sqrt(n + <d_i, C d_i>)."""
+    """The learners of M trials: mean and covariance of the weights of each one's critic. The covariance is never formed: after
+    t steps, C = C_0 - sum_i v_i v_i', where v_i = C d_i / sqrt(n + <d_i, C d_i>) with the C before step i."""
 
     def __init__(self, agent, num_tasks):
         self.prior_mean, self.prior_variance, self.noise = agent.prior()
@@ -277,24 +280,25 @@ class Posterior:
     def update(self, d, rewards):
         """One step of Kalman temporal-difference learning, with d (M, K, F) and rewards (M)."""
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
-        gain = self.prior_variance * d - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)  # C d
-        variance = self.noise + torch.einsum("mkf,mkf->m", d, gain)[:, None, None]
+        Cd = self.prior_variance * d - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
+        total = self.noise + torch.einsum("mkf,mkf->m", d, Cd)[:, None, None]  # variance of the reward before it is seen
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
-        self.mean = self.mean + gain * errors / variance
-        self.variance = self.variance - gain**2 / variance
+        self.mean = self.mean + Cd * errors / total
+        self.variance = self.variance - Cd**2 / total
         if self.t == self.v.shape[1]:
             self.v = torch.cat([self.v, torch.zeros_like(self.v)], dim=1)
-        self.v[:, self.t] = gain / variance.sqrt()
+        self.v[:, self.t] = Cd / total.sqrt()
         self.t += 1
 
 
 # ALGORITHM
 @torch.no_grad()
 def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
-    """Plays a trial of `num_episodes` episodes in each sub-environment; those that have ended go on, masked, until all have.
+    """Plays a trial of `num_episodes` episodes in each sub-environment; those that are done go on, masked, until all are.
     Without `explore`, takes the most probable actions. Returns a dict: obs, next_obs (L, M, D), actions (L, M, ...), inputs
     (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero after a terminal step,
-    clock (L, M, 3), and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    clock (L, M, 3), which is the share of episodes left, 1 / episodes left, the share of the episode left, and (L, M) each:
+    logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
@@ -343,8 +347,8 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def critic_loss(agent, batch, mb_inds):
-    """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X:
-    how badly each reward was predicted from those before it (chain rule), all at once. next_x is held fixed."""
+    """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X.
+    By the chain rule it is the error in predicting each reward from those before it. next_x is held fixed."""
     mb = {name: x.index_select(1, mb_inds).transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
@@ -558,17 +562,17 @@ if __name__ == "__main__":
         if pickle.dumps(heldout_tasks) != pickle.dumps(again):
             fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
-    rng = seed_all(0, 0, START)  # whatever the seed, so that a checkpoint meets as many centres
+    rng = seed_all(0, 0, START)  # whatever the seed: a checkpoint must find the same number of centres
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     args.eval_episodes = int(args.eval_episodes or num_episodes)
-    nothing = torch.zeros(1, *envs.single_observation_space.shape)
-    agent = Agent(nothing, nothing[:, 0], envs.single_action_space, args)
-    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, 0)  # by the untrained agent
+    blank = torch.zeros(1, *envs.single_observation_space.shape)
+    agent = Agent(blank, blank[:, 0], envs.single_action_space, args)
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, 0)  # by an agent with one centre, for units
     real = batch["masks"] > 0
     seed_all(args.seed, 0, START)
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
-    others = [p for p in agent.parameters() if all(p is not x for x in agent.critic)]
-    optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic}], eps=1e-5)
+    others = [p for p in agent.parameters() if all(p is not x for x in agent.critic_parameters)]
+    optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic_parameters}], eps=1e-5)
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     trial_steps = num_episodes * limit or real.sum().item() / 32
     args.num_tasks = args.num_tasks or int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
@@ -598,7 +602,7 @@ if __name__ == "__main__":
         rng = seed_all(args.seed, iteration, RANK)
         remaining = 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
-        optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's, which moves in the first epoch alone
+        optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's: one pass in place of four
         tasks = sample_tasks(envs, num_tasks, rng)
         if train_tasks:
             tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
@@ -608,16 +612,17 @@ if __name__ == "__main__":
         advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
         batch["returns"] = returns = advantages + values
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-        step = 1.0 if iteration == 1 else 0.1  # the baseline is in units of the returns, followed slowly
-        agent.return_mean.lerp_(returns[real].mean(), step)
-        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), step)
+        rate = 1.0 if iteration == 1 else 0.1  # slowly, since the values are in these units and jump with them
+        agent.return_mean.lerp_(returns[real].mean(), rate)
+        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), rate)
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 
-        losses, num_steps, flat = [], int(real.sum()), {name: x[real] for name, x in batch.items()}  # (S, ...)
+        losses, num_steps = [], int(real.sum())
+        flat = {name: x[real] for name, x in batch.items()}  # (S, ...)
         for epoch in range(args.update_epochs):
-            inds = (torch.randperm(n, device=args.device).tensor_split(args.num_minibatches) for n in (num_steps, num_tasks))
-            for mb_inds, mb_trials in zip(*inds, strict=True):
+            splits = (torch.randperm(n, device=args.device).tensor_split(args.num_minibatches) for n in (num_steps, num_tasks))
+            for mb_inds, mb_trials in zip(*splits, strict=True):
                 mb_losses = meta_loss(agent, flat, mb_inds)
                 loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
                 loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]

@@ -522,9 +522,9 @@ if __name__ == "__main__":
         advantages = compute_gae(batch["rewards"], values, batch["masks"], args.gamma, args.gae_lambda)
         batch["returns"] = returns = advantages + values
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-        step = 1.0 if iteration == 1 else 0.1  # the baseline is in units of the returns, followed slowly
-        agent.return_mean.lerp_(returns[real].mean(), step)
-        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), step)
+        rate = 1.0 if iteration == 1 else 0.1  # slowly, since the values are in these units and jump with them
+        agent.return_mean.lerp_(returns[real].mean(), rate)
+        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), rate)
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 

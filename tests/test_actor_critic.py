@@ -288,7 +288,7 @@ def test_ways_lead_to_the_most_valuable_centres(space):
 @pytest.mark.parametrize("flag", ["meta_policy", "meta_value", "meta_action_selection"])
 def test_what_is_switched_off_stays(flag):
     parts = {"meta_policy": ("policy", "log_std", "log_temperature"), "meta_action_selection": ("optimism",)}
-    parts["meta_value"] = ("centres", "log_width", "prior_mean", "log_precision", "log_noise")
+    parts["meta_value"] = ("centres", "log_width", "prior_mean", "log_variance", "log_noise_std")
     agent, batch = play(SPACES[1], **{flag: False})
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
     optimizer = torch.optim.Adam(agent.parameters(), lr=0.01)
