@@ -54,7 +54,7 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "HalfCheetahVel": ("mrl_maml", "HalfCheetahVel-v0 --total-timesteps 10000000", 100),
 }
 LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
-LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --total-timesteps 5000000"
+LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --update-epochs 4 --total-timesteps 10000000"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
@@ -72,6 +72,8 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "maml_sparse_point_nav": ("mrl_maml", "SparsePointNav", "", FIVE, ""),
     "maml_half_cheetah_dir": ("mrl_maml", "HalfCheetahDir", "", THREE, ""),
     "maml_half_cheetah_vel": ("mrl_maml", "HalfCheetahVel", "", THREE, ""),
+    "actor_critic_bandit_k5_n10": ("mrl_actor_critic", "Bandit k=5 n=10", "", FIVE, ""),
+    "actor_critic_bandit_k5_n100": ("mrl_actor_critic", "Bandit k=5 n=100", "", FIVE, ""),
     "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", SHORT, FIVE, "longer training explores less"),
     "actor_critic_grid_navi": ("mrl_actor_critic", "GridNavi", "", FIVE, ""),
     "actor_critic_cross_modal": ("mrl_actor_critic", "CrossModalGridNavi", "", FIVE, ""),
@@ -354,13 +356,18 @@ def show(mean, stderr):
     return f"{mean:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr else "")
 
 
-def over_seeds(rows):
-    """Mean ± standard error over seeds, in brackets the standard error over tasks of one seed; minutes of one seed."""
+def mean_over_seeds(rows):
+    """Mean ± standard error over seeds; over the tasks of the one seed, if there is one."""
     means = [float(row["mean_return"]) for row in rows]
-    stderr = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0
+    stderr = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else float(rows[0]["stderr"])
+    return show(statistics.mean(means), stderr)
+
+
+def over_seeds(rows):
+    """The mean over seeds, in brackets the standard error over tasks of one seed; minutes of one seed."""
     over_tasks, seconds = (statistics.mean(float(row[column]) for row in rows) for column in ("stderr", "seconds"))
-    text = f"{show(statistics.mean(means), stderr)} ({over_tasks:.2g})"
-    return text, f"{len(rows)} seed{'s' * (len(rows) > 1)}, {seconds / 60:.1f} minutes each"
+    text = f"{len(rows)} seed{'s' * (len(rows) > 1)}, {seconds / 60:.1f} minutes each"
+    return f"{mean_over_seeds(rows)} ({over_tasks:.2g})", text
 
 
 def seeds_table(name, column):
@@ -403,10 +410,11 @@ def training_commands():
 
 
 README_ROWS = (  # family, measure, agent and adaptations of each script, published, best possible
-    ("Bandit, 5 arms, 10 pulls", "trial", "rl2_bandit_k5_n10 trial", "", "", "6.7 (RL²)", "6.660, exact"),
-    ("Bandit, 5 arms, 100 pulls", "trial", "rl2_bandit_k5_n100 trial", "", "", "78.7 (RL²)", "78.6, Gittins index"),
+    ("Bandit, 5 arms, 10 pulls", "trial", "rl2_bandit_k5_n10 trial", "", "actor_critic_bandit_k5_n10 trial", "6.7 (RL²)", "6.660, exact"),
+    ("Bandit, 5 arms, 100 pulls", "trial", "rl2_bandit_k5_n100 trial", "", "actor_critic_bandit_k5_n100 trial", "78.7 (RL²)",
+     "78.6, Gittins index"),
     ("GridNavi", "trial of 4", "rl2_grid_navi trial", "", "actor_critic_grid_navi trial", "", "37.21, exact"),
-    ("CrossModalGridNavi", "trial of 4", "rl2_cross_modal trial", "", "", "", "37.21, exact"),
+    ("CrossModalGridNavi", "trial of 4", "rl2_cross_modal trial", "", "actor_critic_cross_modal trial", "", "37.21, exact"),
     ("TabularMDP", "trial of 10", "rl2_tabular_mdp_n10 trial", "", "actor_critic_tabular_mdp trial",
      "156.2 (RL²), 159.1 (SNAIL)", "about 162.5, near-Bayes"),
     ("TabularMDP", "an episode, after 0 / 1 / 3 steps", "", "maml_tabular_mdp 0 1 3", "", "", ""),
@@ -422,15 +430,16 @@ README_ROWS = (  # family, measure, agent and adaptations of each script, publis
 
 
 def readme_table():
-    """The one table of the README: stored agents on held-out tasks."""
-    found = {(row["name"], row["adaptation"]): row for row in read("evaluations.csv") if "n=100" not in row["family"][-5:]}
-    found |= {(row["name"], row["adaptation"]): row for row in read("evaluations.csv") if row["name"] == "rl2_bandit_k5_n100"}
+    """The one table of the README: last evaluations of the trainings, with the number of seeds."""
+    groups = defaultdict(list)
+    for row in read("trainings.csv"):
+        groups[row["name"], row["adaptation"]].append(row)
     lines = [["family", "return of", *SCRIPTS.values(), "published", "best possible"], ["---"] * 7]
     for family, measure, *agents, published, best in README_ROWS:
         cells = []
         for name, *adaptations in map(str.split, [agent or "-" for agent in agents]):
-            rows = [found[name, adaptation] for adaptation in adaptations if (name, adaptation) in found]
-            cells.append(" / ".join(show(row["mean_return"], row["stderr"]) for row in rows))
+            seeds = [groups[name, adaptation] for adaptation in adaptations if (name, adaptation) in groups]
+            cells.append(" / ".join(map(mean_over_seeds, seeds)) + (f" ({len(seeds[0])})" if seeds else ""))
         lines.append([family, measure, *cells, published, best])
     return markdown(lines)
 
