@@ -410,7 +410,8 @@ def training_commands():
 
 
 README_ROWS = (  # family, measure, agent and adaptations of each script, published, best possible
-    ("Bandit, 5 arms, 10 pulls", "trial", "rl2_bandit_k5_n10 trial", "", "actor_critic_bandit_k5_n10 trial", "6.7 (RL²)", "6.660, exact"),
+    ("Bandit, 5 arms, 10 pulls", "trial", "rl2_bandit_k5_n10 trial", "", "actor_critic_bandit_k5_n10 trial", "6.7 (RL²)",
+     "6.660, exact"),
     ("Bandit, 5 arms, 100 pulls", "trial", "rl2_bandit_k5_n100 trial", "", "actor_critic_bandit_k5_n100 trial", "78.7 (RL²)",
      "78.6, Gittins index"),
     ("GridNavi", "trial of 4", "rl2_grid_navi trial", "", "actor_critic_grid_navi trial", "", "37.21, exact"),
