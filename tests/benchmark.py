@@ -13,7 +13,6 @@ Trainings run in runs/benchmark/. Those that are finished there are not run agai
 """
 
 import csv
-import importlib
 import itertools
 import json
 import os
@@ -36,6 +35,9 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import mrl_rl2  # noqa: E402
+
 RESULTS, RUNS = ROOT / "tests/results", ROOT / "runs/benchmark"
 SCRIPTS = {"mrl_rl2": "RL²", "mrl_maml": "MAML", "mrl_actor_critic": "meta actor-critic"}
 FIVE, THREE = (1, 2, 3, 4, 5), (1, 2, 3)
@@ -251,19 +253,19 @@ def linear_probe(hidden, goals, steps=300):
     return logits
 
 
+class MovedGoal(mrl_rl2.CrossModalGridNavi):
+    """From the third episode on, the goal of each task is that of its neighbour."""
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed, options=options)
+        if self.episode >= 2:
+            self.tasks[:, :2] = np.roll(self.tasks[:, :2], 1, axis=0)
+        return result
+
+
 def cross_modal(num_tasks: int = 4000):
     """Agents trained with and without switches between the senses, on patterns of senses, also with a goal that moves in the
     middle of the trial -> cross_modal.csv; the goal, read by a linear probe after two episodes -> probe.csv"""
-    sys.path.insert(0, str(ROOT))
-    mrl_rl2 = importlib.import_module("mrl_rl2")
-
-    class MovedGoal(mrl_rl2.CrossModalGridNavi):
-        def reset(self, *, seed=None, options=None):
-            result = super().reset(seed=seed, options=options)
-            if self.episode >= 2:
-                self.tasks[:, :2] = np.roll(self.tasks[:, :2], 1, axis=0)
-            return result
-
     for name in ("rl2_cross_modal", "rl2_cross_modal_apart"):
         checkpoint = torch.load(RESULTS / f"{name}.pt", weights_only=True)
         agent = mrl_rl2.Agent(27, gym.spaces.Discrete(5), mrl_rl2.Args(**checkpoint["args"]))
