@@ -54,7 +54,11 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "CartPole": ("my_tasks", "CartPoleTasks-v0", 1000),
     "HalfCheetahDir": ("mrl_maml", "HalfCheetahDir-v0 --total-timesteps 10000000", 100),
     "HalfCheetahVel": ("mrl_maml", "HalfCheetahVel-v0 --total-timesteps 10000000", 100),
+    "DarkRoom": ("dark_room", "DarkRoom-v0", 1000),
+    "DarkKeyToDoor": ("dark_room", "DarkKeyToDoor-v0", 1000),
+    "VariedPendulum": ("varied_pendulum", "VariedPendulum-v0", 200),
 }
+MATRIX = tuple(FAMILIES)[:9]
 LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
 LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --update-epochs 4 --total-timesteps 10000000"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
@@ -67,6 +71,9 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "rl2_cross_modal_apart": ("mrl_rl2", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, "never sees a switch"),
     "rl2_point_nav": ("mrl_rl2", "PointNav", "", FIVE, ""),
     "rl2_sparse_point_nav": ("mrl_rl2", "SparsePointNav", "", FIVE, ""),
+    "rl2_dark_room": ("mrl_rl2", "DarkRoom", "", FIVE, ""),
+    "rl2_dark_key_to_door": ("mrl_rl2", "DarkKeyToDoor", "", FIVE, ""),
+    "rl2_varied_pendulum": ("mrl_rl2", "VariedPendulum", "", FIVE, ""),
     "rl2_half_cheetah_dir": ("mrl_rl2", "HalfCheetahDir", "", THREE, ""),
     "maml_point_nav": ("mrl_maml", "PointNav", "", FIVE, "the default command"),
     "maml_point_nav_long": ("mrl_maml", "PointNav", "--total-timesteps 30000000", THREE, ""),
@@ -142,7 +149,7 @@ def call(script, flags, folder, processes=1):
     """Runs a script in `folder`, where its output goes too, with one thread per process. Returns whether it succeeded."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split(), "--runs-dir", "."]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}  # families of other people
     process = Popen(command, cwd=folder, env=environment, stdout=DEVNULL, stderr=PIPE, text=True)
     CHILDREN.append(process)
     _, errors = process.communicate()
@@ -202,7 +209,7 @@ def train(names: tyro.conf.Positional[Names], seeds: Seeds = (), jobs: int = 2):
         torch.save(checkpoint, RESULTS / f"{name}.pt")
 
 
-def defaults(seeds: Seeds = FIVE, scripts: Names = tuple(SCRIPTS), families: Names = tuple(FAMILIES)[:-1], jobs: int = 2):
+def defaults(seeds: Seeds = FIVE, scripts: Names = tuple(SCRIPTS), families: Names = MATRIX, jobs: int = 2):
     """Each script on each family with default flags -> defaults.csv"""
     runs = []
     for seed, family, script in itertools.product(seeds, families, scripts):
