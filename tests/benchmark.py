@@ -479,4 +479,5 @@ COMMANDS = train, evaluate, defaults, ablation, cross_modal, speed, size, report
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `size | head`
     tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in COMMANDS})
