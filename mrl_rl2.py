@@ -71,7 +71,7 @@ class Args:
     gamma: float = 0.97  # discount factor, over the whole trial
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
-    update_epochs: int = 6  # passes over the meta-batch in each iteration
+    update_epochs: int = 0  # passes over the meta-batch in each iteration (0: 4 with discrete actions, 6 with a Box)
     ent_coef: float = 0.02  # weight of the entropy of discrete actions at the start; it falls linearly to zero
 
 
@@ -226,8 +226,7 @@ class Agent(nn.Module):
             running = mask[0].sum()
             states, hidden = self.gru(x[:, :running], hidden[:, :running])
             memory.append(states[mask[:, :running]])
-        memory = torch.cat(memory)  # (S, H)
-        weights = self.hypernetwork(memory).unflatten(-1, (self.out_dim, -1))
+        weights = self.hypernetwork(torch.cat(memory)).unflatten(-1, (self.out_dim, -1))  # (S, out_dim, code_dim + 1)
         outputs = (weights @ nn.functional.pad(codes, (0, 1), value=1.0)[..., None]).squeeze(-1)  # (S, out_dim)
         params, values = outputs[..., :-1], self.return_mean + self.return_std * outputs[..., -1]
         if self.discrete:
@@ -455,8 +454,8 @@ if __name__ == "__main__":
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
-        ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
-        ("total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
+        ("seed num_train_tasks num_tasks update_epochs learning_rate ent_coef", 0, 2**53),
+        ("total_timesteps eval_every hidden_size num_minibatches", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
         ("torch_threads", 1, os.cpu_count()),
@@ -480,6 +479,7 @@ if __name__ == "__main__":
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
+    args.update_epochs = args.update_epochs or (4 if agent.discrete else 6)
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
     real = batch["masks"] > 0
