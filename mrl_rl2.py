@@ -116,7 +116,7 @@ class Bandit(TaskVectorEnv):
         return rng.random((num_tasks, self.k))
 
     def act(self, actions):
-        return np.where(self.np_random.random(self.num_envs) < self.tasks[np.arange(self.num_envs), actions], 1.0, 0.0)
+        return (self.np_random.random(self.num_envs) < self.tasks[np.arange(self.num_envs), actions]).astype(float)
 
 
 class GridNavi(TaskVectorEnv):
@@ -190,8 +190,8 @@ class Agent(nn.Module):
         """Starts the GRU as a memory: a unit takes in the reward where a random linear function of the previous observation
         and action is below -8, and keeps its state elsewhere. PyTorch's default halves the state at each step."""
         _, keep, new = self.gru.weight_ih_l0.chunk(3)  # reset, update and new gate (H, I); an update gate of 1 keeps the state
-        for parameter in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep, new):
-            parameter.zero_()
+        for p in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep, new):
+            p.zero_()
         keep[:, code_dim:-2].normal_(std=5.0)  # the columns of the previous observation and action
         keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # many dimensions or few: as selective
         self.gru.bias_ih_l0.chunk(3)[1].fill_(8.0)
@@ -231,7 +231,7 @@ class Agent(nn.Module):
         params, values = outputs[..., :-1], self.return_mean + self.return_std * outputs[..., -1]
         if self.discrete:
             return Categorical(logits=params, validate_args=False), values, hidden
-        mean, log_std = params.chunk(2, dim=-1)
+        mean, log_std = params.chunk(2, -1)
         std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
         return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), values, hidden
 
