@@ -161,8 +161,9 @@ def make_network(inputs, hidden_size, outputs, last_gain):
 class Agent(nn.Module):
     """The three meta parts, and the value network that is PPO's baseline. What is learned in a task is in `Posterior`."""
 
-    def __init__(self, obs, rewards, action_space, args):
-        """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior."""
+    def __init__(self, obs, rewards, action_space, args, saved=None):
+        """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. Where
+        they lead to other centres than those of a `saved` state, its number of centres counts."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
@@ -177,6 +178,8 @@ class Agent(nn.Module):
             centres.append(obs[distances.argmax()])
             distances = distances.minimum((obs - centres[-1]).norm(dim=-1))
         self.tabular = bool(distances.max() <= 0.01)  # every observation so far is a centre
+        if saved:
+            centres, self.tabular = [*saved["centres"]], saved["prior_mean"].shape[1] == len(saved["centres"])
         self.centres, self.log_width = nn.Parameter(torch.stack(centres)), nn.Parameter((0.4 * spacing).log())
         self.critic_gamma = 0.4
         K, F = self.action_dim + (not self.discrete), len(centres) + (0 if self.tabular else 1 + obs.shape[1])
@@ -402,7 +405,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 def fail(message):
     """Ends the program for bad input, with one line and exit code 2."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(" ".join(f"{Path(sys.argv[0]).name}: {message}".split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -449,16 +452,16 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module and module[-3:] != ".py", f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
-        space, mode = envs.single_observation_space, envs.metadata.get("autoreset_mode")
+        space = envs.single_observation_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
-        assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
+        assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers: no checkpoint has their state"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
@@ -482,16 +485,15 @@ def to_env(actions, space):
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
-    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
+    actions = np.rint(actions) if space.dtype.kind in "biu" else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
 def as_floats(x, tasks):
     """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
-    x = np.array(x, dtype=np.float32).reshape(len(tasks), -1)
-    wrong = ~np.isfinite(x).all(axis=-1)
-    if wrong.any():
-        fail(f"--env-id: task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+    x = np.array(x, dtype=np.float32)
+    if not (finite := np.isfinite(x).all(axis=-1)).all():
+        fail(f"--env-id: task {tasks[finite.argmin()]!r:.60}: a reward or observation is not finite")
     return x
 
 
@@ -500,12 +502,13 @@ def step_envs(envs, actions, tasks, step):
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step > 20_000:
-        fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
-    next_obs = after = as_floats(after, tasks)
+        fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
+    after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
+    terminated, next_obs = np.array(terminated, dtype=bool), after.copy()
     dones = np.logical_or(terminated, truncated)
-    if dones.any():
-        next_obs = as_floats(envs.reset(options={"reset_mask": dones})[0], tasks)
-    return next_obs, after, as_floats(rewards, tasks)[:, 0], np.array(terminated, dtype=bool), dones
+    if dones.any():  # the family may change what it returned before
+        next_obs[dones] = as_floats(envs.reset(options={"reset_mask": dones.copy()})[0], tasks)[dones]
+    return next_obs, after, rewards, terminated, dones
 
 
 def report(results, rows, global_step, run_dir):
@@ -523,7 +526,7 @@ def report(results, rows, global_step, run_dir):
 
 if __name__ == "__main__":
     # SETTINGS
-    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C, and output cut by `head`: no traceback
+    for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:  # Ctrl-C, and output cut by `head`: no traceback
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
@@ -541,10 +544,9 @@ if __name__ == "__main__":
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks eval_episodes learning_rate ent_coef", 0, 2**53),
-        ("total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
+        ("torch_threads total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
-        ("torch_threads", 1, os.cpu_count()),
     ):
         for name in names.split():
             if not least <= getattr(args, name) <= greatest:
@@ -556,21 +558,20 @@ if __name__ == "__main__":
         if not torch.cuda.is_available():
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    envs = make_envs(args, 32)
-    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    envs, key = make_envs(args, 32), (args.seed, 0, HELDOUT_TASKS)
+    heldout_tasks, again = (sample_tasks(x, args.eval_tasks, seed_all(*key)) for x in (envs, make_envs(args, 1)))
     with suppress(Exception):  # tasks that cannot be pickled cannot be compared
-        if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+        if pickle.dumps(heldout_tasks) != pickle.dumps(again) and str(heldout_tasks) != str(again):
             fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
-    rng = seed_all(0, 0, START)  # whatever the seed: a checkpoint must find the same number of centres
+    rng, saved = seed_all(args.seed, 0, START), checkpoint and checkpoint["agent"]
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     args.eval_episodes = int(args.eval_episodes or num_episodes)
     blank = torch.zeros(1, *envs.single_observation_space.shape)
     agent = Agent(blank, blank[:, 0], envs.single_action_space, args)
-    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, 0)  # by an agent with one centre, for units
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by an agent of one centre
     real = batch["masks"] > 0
-    seed_all(args.seed, 0, START)
-    agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args).to(args.device)
+    agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args, saved).to(args.device)
     others = [p for p in agent.parameters() if all(p is not x for x in agent.critic_parameters)]
     optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic_parameters}], eps=1e-5)
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
@@ -592,7 +593,8 @@ if __name__ == "__main__":
     path = args.evaluate or run_dir / "checkpoint.pt"
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1, default=str))
+        saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
+        (run_dir / "args.json").write_text(json.dumps(saved_args, indent=1))
         print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
@@ -661,7 +663,6 @@ if __name__ == "__main__":
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), global_step)
         writer.flush()
-        saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
         torch.save(checkpoint, path.with_suffix(".tmp"))

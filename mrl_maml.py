@@ -428,7 +428,7 @@ NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # fla
 
 def fail(message):
     """Ends the program for bad input, with one line and exit code 2."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(" ".join(f"{Path(sys.argv[0]).name}: {message}".split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -475,16 +475,16 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module and module[-3:] != ".py", f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
-        space, mode = envs.single_observation_space, envs.metadata.get("autoreset_mode")
+        space = envs.single_observation_space
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
-        assert mode == gym.vector.AutoresetMode.DISABLED, f"its autoreset mode is {mode}; give AutoresetMode.DISABLED"
+        assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers: no checkpoint has their state"
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
@@ -508,16 +508,15 @@ def to_env(actions, space):
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
     actions = low + (high - low) * (actions.reshape(-1, *space.shape) + 1) / 2
-    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
+    actions = np.rint(actions) if space.dtype.kind in "biu" else actions
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
 def as_floats(x, tasks):
     """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
-    x = np.array(x, dtype=np.float32).reshape(len(tasks), -1)
-    wrong = ~np.isfinite(x).all(axis=-1)
-    if wrong.any():
-        fail(f"--env-id: task {tasks[wrong.argmax()]!r:.60}: a reward or observation is not finite")
+    x = np.array(x, dtype=np.float32)
+    if not (finite := np.isfinite(x).all(axis=-1)).all():
+        fail(f"--env-id: task {tasks[finite.argmin()]!r:.60}: a reward or observation is not finite")
     return x
 
 
@@ -526,12 +525,13 @@ def step_envs(envs, actions, tasks, step):
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step > 20_000:
-        fail(f"--env-id: no end after {step} steps; register it with max_episode_steps")
-    next_obs = after = as_floats(after, tasks)
+        fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
+    after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
+    terminated, next_obs = np.array(terminated, dtype=bool), after.copy()
     dones = np.logical_or(terminated, truncated)
-    if dones.any():
-        next_obs = as_floats(envs.reset(options={"reset_mask": dones})[0], tasks)
-    return next_obs, after, as_floats(rewards, tasks)[:, 0], np.array(terminated, dtype=bool), dones
+    if dones.any():  # the family may change what it returned before
+        next_obs[dones] = as_floats(envs.reset(options={"reset_mask": dones.copy()})[0], tasks)[dones]
+    return next_obs, after, rewards, terminated, dones
 
 
 def report(results, rows, global_step, run_dir):
@@ -549,7 +549,7 @@ def report(results, rows, global_step, run_dir):
 
 if __name__ == "__main__":
     # SETTINGS
-    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):  # Ctrl-C, and output cut by `head`: no traceback
+    for name in {"SIGINT", "SIGPIPE"} & {*dir(signal)}:  # Ctrl-C, and output cut by `head`: no traceback
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack ± and ²
     args, checkpoint = tyro.cli(Args, description=__doc__), None
@@ -567,11 +567,10 @@ if __name__ == "__main__":
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks num_episodes eval_adapt_steps learning_rate", 0, 2**53),
-        ("total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
+        ("torch_threads total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
         ("inner_lr", 1e-9, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
-        ("torch_threads", 1, os.cpu_count()),
     ):
         for name in names.split():
             if not least <= getattr(args, name) <= greatest:
@@ -583,10 +582,10 @@ if __name__ == "__main__":
         if not torch.cuda.is_available():
             fail("--device cuda: there is no GPU; give cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    envs = make_envs(args, 32)
-    heldout_tasks, again = (sample_tasks(envs, args.eval_tasks, seed_all(args.seed, 0, HELDOUT_TASKS)) for _ in range(2))
+    envs, key = make_envs(args, 32), (args.seed, 0, HELDOUT_TASKS)
+    heldout_tasks, again = (sample_tasks(x, args.eval_tasks, seed_all(*key)) for x in (envs, make_envs(args, 1)))
     with suppress(Exception):  # tasks that cannot be pickled cannot be compared
-        if pickle.dumps(heldout_tasks) != pickle.dumps(again):
+        if pickle.dumps(heldout_tasks) != pickle.dumps(again) and str(heldout_tasks) != str(again):
             fail(f"--env-id {args.env_id}: sample_tasks must draw from rng alone")
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
@@ -617,7 +616,8 @@ if __name__ == "__main__":
     path = args.evaluate or run_dir / "checkpoint.pt"
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1, default=str))
+        saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
+        (run_dir / "args.json").write_text(json.dumps(saved_args, indent=1))
         print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
@@ -671,7 +671,6 @@ if __name__ == "__main__":
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), global_step)
         writer.flush()
-        saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         checkpoint = {"args": saved_args, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint |= {"iteration": iteration, "global_step": global_step, "eval_rows": eval_rows}
         torch.save(checkpoint, path.with_suffix(".tmp"))

@@ -359,3 +359,14 @@ def test_update_computes_on_the_device_of_its_input(space):
     flat, inds = {name: x.flatten(0, 1) for name, x in batch.items()}, torch.arange(4, device="meta")
     (sum(meta_loss(agent, flat, inds).values()) + critic_loss(agent, batch, inds)).backward()
     assert all(p.grad.device.type == "meta" for p in agent.parameters() if p.numel())
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_saved_agent_meets_other_observations(few):
+    """Those of a family with other arguments: the number of centres is that of the checkpoint, and so is what it computes."""
+    obs, rewards, settings = torch.randn(3 if few else 30, 2), torch.randn(30), Args(num_features=6, hidden_size=8)
+    old = Agent(obs, rewards, SPACES[0], settings)
+    new = Agent(torch.randn(50, 2), rewards, SPACES[0], settings, old.state_dict())
+    new.load_state_dict(old.state_dict())
+    assert old.tabular == new.tabular == few
+    torch.testing.assert_close(new.critic_features(new.encode(obs)), old.critic_features(old.encode(obs)))

@@ -1,5 +1,6 @@
 """Each script as its user runs it: train, stop, resume, evaluate, bad input, several processes."""
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,18 @@ class Zeros(Side):
 
 class Words(Side):
     reward = lambda self, action: "much"
+
+class Pool(Side):  # tasks out of a pool that is drawn without a seed
+    def __init__(self):
+        self.pool = np.random.default_rng().random(99)
+
+    def sample_tasks(self, num_tasks, rng):
+        return list(rng.choice(self.pool, num_tasks))
+
+class Tensors(Side):  # equal ones differ when they are pickled
+    def sample_tasks(self, num_tasks, rng):
+        import torch
+        return [torch.tensor(x) for x in rng.integers(2, size=num_tasks)]
 
 class Blind(Side):
     def reset(self, **kwargs):
@@ -419,6 +433,7 @@ GOOD = {  # flags, and what the held-out results must be
     "Numpy-v0": ("", lambda rows: True),
     "Places-v0": ("", lambda rows: True),
     "Functions-v0": ("", lambda rows: True),
+    "Tensors-v0": ("", lambda rows: True),
     "Zeros-v0": ("", lambda rows: all(float(row[1]) == 0 for row in rows)),
 }
 
@@ -440,7 +455,7 @@ BAD = [  # flags, and what the one line must name
     ("--eval-tasks 1", "--eval-tasks 1: give a number from 2"),
     ("--learning-rate nan", "--learning-rate nan: give a number"),
     ("--gamma 2", "--gamma 2.0: give a number from 0 to 1"),
-    ("--torch-threads 100000", "--torch-threads 100000: give a number from 1 to"),
+    ("--torch-threads 0", "--torch-threads 0: give a number from 1"),
     ("--env-kwargs arms 5", "arms"),
     ("--env-id CartPoll-v1 --env-kwargs", "Did you mean: `CartPole`"),
     ("--env-id CartPole-v1 --env-kwargs", "CartPole-v1: it has no attribute `sample_tasks`"),
@@ -456,6 +471,7 @@ BAD = [  # flags, and what the one line must name
     ("--env-id families:Odd-v0 --env-kwargs what one", "sample_tasks(5, rng) returned"),
     ("--env-id families:Odd-v0 --env-kwargs what text", "sample_tasks(5, rng) returned 'aaaaa'"),
     ("--env-id families:Odd-v0 --env-kwargs what global", "must draw from rng alone"),
+    ("--env-id families:Pool-v0", "must draw from rng alone"),
     ("--env-id families:Large-v0", "leave out Normalize wrappers"),
     ("--env-id families:Auto-v0", "give AutoresetMode.DISABLED"),
     ("--env-id families:Needs-v0", "'size'"),
@@ -473,6 +489,30 @@ def test_bad_input_is_one_line_and_nothing_created(script, tmp_path):
         code, out, err = run(script, argv, tmp_path)
         assert code == 2 and out == "" and named in err and len(messages(err)) == 1, (flags, err)
         assert err.startswith(f"{script}.py: ") and not (tmp_path / "runs").exists(), (flags, err)
+
+
+class Reused(gym.vector.VectorEnv):
+    """Returns its own arrays, changes them at a reset, the mask too, and says nonsense of those that go on."""
+
+    single_action_space, num_envs = gym.spaces.Discrete(2), 3
+    obs, rewards, terminated = np.zeros((3, 1)), np.zeros(3), np.zeros(3, dtype=bool)
+
+    def step(self, actions):
+        self.obs[:], self.rewards[:], self.terminated[:] = 5, (1, 2, 3), (True, False, False)
+        return self.obs, self.rewards, self.terminated, np.array([False, False, True]), {}
+
+    def reset(self, *, seed=None, options=None):
+        self.obs[:], self.rewards[:], self.terminated[:] = np.where(options["reset_mask"], -1, 77)[:, None], 0, False
+        options["reset_mask"][:] = False
+        return self.obs, {}
+
+
+@both
+def test_what_a_family_returned_stays(script):
+    step_envs = importlib.import_module(script).step_envs
+    next_obs, obs, rewards, terminated, dones = step_envs(Reused(), torch.zeros(3, dtype=int), [0] * 3, 0)
+    assert next_obs.tolist() == [[-1], [5], [-1]] and obs.tolist() == [[5]] * 3 and rewards.tolist() == [1, 2, 3]
+    assert terminated.tolist() == [True, False, False] and dones.tolist() == [True, False, True]
 
 
 @both
