@@ -102,17 +102,6 @@ class Recorder(gym.vector.VectorWrapper):
         return obs, *others
 
 
-def first(script, args):
-    """A meta actor-critic as it is before training: its centres come from what an untrained one observes."""
-    envs, rng = script.make_envs(args, 32), script.seed_all(0, 0, script.START)
-    args.eval_episodes = args.eval_episodes or int(script.family_attribute(envs, "episodes_per_trial", 2))
-    nothing = torch.zeros(1, envs.single_observation_space.shape[0])
-    agent = script.Agent(nothing, nothing[:, 0], envs.single_action_space, args)
-    batch = script.rollout(agent, envs, script.sample_tasks(envs, 32, rng), args.eval_episodes, 0)
-    real = batch["masks"] > 0
-    return script.Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args)
-
-
 def play(name, num_tasks=None, tasks=None):
     """Lets a stored agent play `tasks`, or the first of the held-out ones that `--evaluate` plays, with the same noise.
 
@@ -124,8 +113,11 @@ def play(name, num_tasks=None, tasks=None):
     args = script.Args(**{key: value for key, value in checkpoint["args"].items() if key in known})
     per_task = getattr(args, "num_episodes", 1)  # MAML plays several episodes of a task side by side
     envs = Recorder(script.make_envs(args, (len(tasks) if tasks else args.num_tasks) * per_task))
-    space = envs.single_action_space
-    agent = script.Agent(envs.single_observation_space.shape[0], space, args) if "actor" not in name else first(script, args)
+    space, obs_dim = envs.single_action_space, envs.single_observation_space.shape[0]
+    if "actor" in name:
+        agent = script.Agent(torch.zeros(1, obs_dim), torch.zeros(1), space, args, checkpoint["agent"])
+    else:
+        agent = script.Agent(obs_dim, space, args)
     agent.load_state_dict(checkpoint["agent"])
     if tasks is None:
         tasks = script.sample_tasks(envs, args.num_tasks, script.seed_all(args.seed, 0, script.HELDOUT_TASKS))[:num_tasks]
