@@ -86,7 +86,6 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", SHORT, FIVE, "longer training explores less"),
     "actor_critic_grid_navi": ("mrl_actor_critic", "GridNavi", "", FIVE, ""),
     "actor_critic_cross_modal": ("mrl_actor_critic", "CrossModalGridNavi", "", FIVE, ""),
-    "actor_critic_cross_modal_apart": ("mrl_actor_critic", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, ""),
     "actor_critic_point_nav": ("mrl_actor_critic", "PointNav", "", FIVE, ""),
     "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "", FIVE, ""),
 }
@@ -300,9 +299,10 @@ def cross_modal(num_tasks: int = 4000):
             correct = (logits(kind[tested][half:]).argmax(-1) == goals[half:]).double()
             row = {"name": name, "states": "centred" if kind is centred else "whole", "trained": trained, "tested": tested}
             store("probe.csv", [row | {"accuracy": correct.mean().item(), "num_tasks": half}], [*row])
-    for name, (senses, _) in itertools.product(("actor_critic_cross_modal", "actor_critic_cross_modal_apart"), patterns):
-        rows = evaluate_stored(name, f"--eval-tasks {num_tasks} --env-kwargs senses {senses}")
-        store("cross_modal.csv", [{"name": name, "senses": senses} | row for row in rows], ["name", "senses"])
+    for senses, _ in patterns:
+        rows = evaluate_stored("actor_critic_cross_modal", f"--eval-tasks {num_tasks // 4} --env-kwargs senses {senses}")
+        rows = [{"name": "actor_critic_cross_modal", "senses": senses} | row for row in rows]
+        store("cross_modal.csv", rows, ["name", "senses"])
 
 
 # SPEED AND SIZE
