@@ -72,7 +72,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
     update_epochs: int = 0  # passes over the meta-batch in each iteration (0: 4 with discrete actions, 6 with a Box)
-    ent_coef: float = 0.02  # weight of the entropy of discrete actions at the start; it falls linearly to zero
+    ent_coef: float = 0.02  # weight of the entropy at the start; it falls linearly to zero
 
 
 # TASK FAMILIES
@@ -533,7 +533,7 @@ if __name__ == "__main__":
             for mb_inds in torch.randperm(num_tasks, device=args.device).tensor_split(args.num_minibatches):  # whole trials
                 mb_losses = meta_loss(agent, batch, mb_inds)
                 loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
-                loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]
+                loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
                 optimizer.zero_grad()
                 loss.backward()
                 average(*(p.grad for p in agent.parameters()))
