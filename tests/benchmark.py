@@ -60,7 +60,7 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
 }
 MATRIX = tuple(FAMILIES)[:9]
 LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
-LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --total-timesteps 10000000"
+LONG_MDP = "--gamma 0.95 --gae-lambda 0.3 --total-timesteps 5000000"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
