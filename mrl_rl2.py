@@ -466,9 +466,9 @@ if __name__ == "__main__":
     # SETUP
     torch.set_num_threads(args.torch_threads)
     if args.device == "cuda":
-        if not torch.cuda.is_available():
-            fail("--device cuda: there is no GPU; give cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (gpu := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            fail("--device cuda: each process needs a GPU; give cpu")
+        torch.cuda.set_device(gpu)
     envs, key = make_envs(args, 32), (args.seed, 0, HELDOUT_TASKS)
     heldout_tasks, again = (sample_tasks(x, args.eval_tasks, seed_all(*key)) for x in (envs, make_envs(args, 1)))
     with suppress(Exception):  # tasks that cannot be pickled cannot be compared

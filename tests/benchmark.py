@@ -101,10 +101,10 @@ ABLATIONS = (  # script, families, switches, seeds, flags
 )
 
 TENTHS = {"mrl_rl2": 300_000, "mrl_maml": 600_000, "mrl_actor_critic": 300_000}  # of the environment steps of the defaults
-SPEEDS = {  # script: family, flags, environment steps of an iteration
-    "mrl_rl2": ("Bandit k=5 n=100", "--num-tasks 1024 --hidden-size 64", 1024 * 100),
-    "mrl_maml": ("PointNav", "--num-tasks 20 --num-episodes 20 --adapt-steps 1", 20 * 20 * 2 * 100),
-    "mrl_actor_critic": ("TabularMDP n=10", "--num-tasks 128", 128 * 100),
+SPEEDS = {  # script: family, flags, tasks of a meta-batch, environment steps per task
+    "mrl_rl2": ("Bandit k=5 n=100", "--hidden-size 64", 1024, 100),
+    "mrl_maml": ("PointNav", "--num-episodes 20 --adapt-steps 1", 20, 20 * 2 * 100),
+    "mrl_actor_critic": ("TabularMDP n=10", "", 128, 100),
 }
 
 
@@ -148,7 +148,8 @@ def call(script, flags, folder, processes=1):
     """Runs a script in `folder`, where its output goes too, with one thread per process. Returns whether it succeeded."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split(), "--runs-dir", "."]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}  # families of other people
+    path = os.pathsep.join([str(ROOT / "tests"), *sys.path])  # families of other people
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = Popen(command, cwd=folder, env=environment, stdout=DEVNULL, stderr=PIPE, text=True)
     CHILDREN.append(process)
     _, errors = process.communicate()
@@ -306,21 +307,25 @@ def cross_modal(num_tasks: int = 4000):
 
 
 # SPEED AND SIZE
-def speed(what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: int = 3):
-    """Steps per second, medians over iterations -> speed.csv; with `busy`, a tenth of the default commands, alone and beside
-    one busy process per core -> wall_times.csv"""
-    for script, processes in itertools.product(() if what == "busy" else SCRIPTS, (1, 2)):
-        family, flags, steps = SPEEDS[script]
-        short = f"--eval-tasks 2 --eval-every 1000000 --total-timesteps {steps * (warm_up + iterations)}"
+def speed(
+    what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: int = 3, device: str = "cpu", times: Seeds = (1,)
+):
+    """Steps per second, medians over iterations -> speed.csv, with `times` as many tasks, on a device; with `busy`, a tenth of
+    the default commands, alone and beside one busy process per core -> wall_times.csv"""
+    each = itertools.product(() if what == "busy" else SCRIPTS, times, (1, 2) if device == "cpu" else (1,))
+    for script, factor, processes in each:
+        family, flags, num_tasks, steps = SPEEDS[script]
+        flags, steps = f"--num-tasks {factor * num_tasks} {flags}".strip(), factor * num_tasks * steps
+        short = f"--device {device} --eval-tasks 2 --eval-every 1000000 --total-timesteps {steps * (warm_up + iterations)}"
         with tempfile.TemporaryDirectory() as folder:
             call(script, f"{env_flags(family, script)} {flags} {short}", folder, processes)
             [run] = Path(folder).iterdir()
             events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-        row = {"script": script, "setting": f"{family} {flags}", "processes": processes, "threads": 1}
+        row = {"script": script, "setting": f"{family} {flags}", "device": device, "processes": processes, "threads": 1}
         for tag in ("charts/SPS", "time/rollout", "time/update"):
             row[tag] = f"{statistics.median(event.value for event in events.Scalars(tag)[warm_up:]):.4g}"
         row |= {"cores": os.cpu_count(), "load_average": f"{os.getloadavg()[0]:.1f}"}
-        store("speed.csv", [row], ["script", "setting", "processes", "threads"])
+        store("speed.csv", [row], ["script", "setting", "device", "processes", "threads"])
     for script, busy in itertools.product(SCRIPTS if what == "busy" else (), (0, os.cpu_count())):
         others = [Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         CHILDREN.extend(others)
