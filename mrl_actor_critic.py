@@ -29,7 +29,7 @@ the evidence share no parameter. The algorithm is # AGENT, # ALGORITHM and # TRA
     python mrl_actor_critic.py --env-id mrl_rl2:GridNavi-v0            # any family of the other scripts, or your own
 
 Shapes: M trials in a meta-batch, E episodes a trial, L steps a trial, D observation size, A action size, I input size of the
-networks, K size of x(a), F size of f(s), S real steps: those up to the end of each trial's last episode.
+network, H its hidden size, K size of x(a), F size of f(s), S real steps: those up to the end of each trial's last episode.
 """
 
 import copy
@@ -82,7 +82,7 @@ class Args:
     meta_policy: bool = True  # learn pi_theta and the temperature, or keep them as they are at the start
     meta_value: bool = True  # learn the critic's features, prior and noise, or keep them as they are at the start
     meta_action_selection: bool = True  # learn the optimism, or do without
-    hidden_size: int = 64  # units of each of the two hidden layers, of policy and value network
+    hidden_size: int = 64  # units of each of the two hidden layers, H
     num_features: int = 32  # greatest number of centres of the critic's features
     gamma: float = 0.99  # discount factor, over the whole trial
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
@@ -150,16 +150,9 @@ for family in (TabularMDP,):
 
 
 # AGENT
-def make_network(inputs, hidden_size, outputs, last_gain):
-    layers = [nn.Linear(inputs, hidden_size), nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, outputs)]
-    for layer, gain in zip(layers, (2**0.5, 2**0.5, last_gain), strict=True):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-
-
 class Agent(nn.Module):
-    """The three meta parts, and the value network that is PPO's baseline. What is learned in a task is in `Posterior`."""
+    """The three meta parts, and PPO's baseline, an output of the meta-policy's network that is no part of the critic. What is
+    learned in a task is in `Posterior`."""
 
     def __init__(self, obs, rewards, action_space, args, saved=None):
         """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. Where
@@ -188,16 +181,19 @@ class Agent(nn.Module):
         self.prior_mean.data[rows, columns] = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # each step pays it
         self.log_noise_std = nn.Parameter(torch.tensor(0.5).log())
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
-        inputs = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3  # see `make_input`
-        self.policy = make_network(inputs, args.hidden_size, self.action_dim, last_gain=0.01)
+        inputs, H = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3, args.hidden_size  # see `make_input`
+        layers = nn.Linear(inputs, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh(), nn.Linear(H, self.action_dim + 1)
+        for layer, gain in zip(layers[::2], (2**0.5, 2**0.5, 0.01), strict=True):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+        self.network, self.meta_policy = nn.Sequential(*layers), args.meta_policy
         self.log_std = nn.Parameter(-0.5 * torch.ones(0 if self.discrete else self.action_dim))
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
         self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
-        self.value = make_network(inputs, args.hidden_size, 1, last_gain=1.0)  # PPO's baseline, no part of the critic
         self.critic_parameters = [self.centres, self.log_width, self.prior_mean, self.log_variance, self.log_noise_std]
         nn.ParameterList(self.critic_parameters).requires_grad_(args.meta_value)
-        nn.ParameterList([*self.policy.parameters(), self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
+        nn.ParameterList([self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
         self.optimism.requires_grad_(args.meta_action_selection)
 
     def prior(self):
@@ -227,39 +223,37 @@ class Agent(nn.Module):
         return nn.functional.pad((q[..., 1:] / 0.5).clamp(-1, 1), (1, 0), value=1.0)
 
     def make_input(self, obs, features, belief, q, covariance, clock):
-        """What policy and value network read (M, I): the encoded observation, its features, what was learned of the weights
+        """What the network reads (M, I): the encoded observation, its features, what was learned of the weights
         and how surely, Q and its deviation, the clock, and the ways to the centres of highest value and upper bound."""
         learned = (belief.mean - belief.prior_mean).flatten(1)
         known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-        at_centres = self.critic_features(self.centres)  # (centres, F)
-        mean = belief.mean @ at_centres.mT  # (M, K, centres)
-        upper = mean + (belief.variance @ at_centres.mT**2).clamp(min=1e-8).sqrt()
+        mean = belief.mean @ belief.at_centres.mT  # (M, K, centres)
+        upper = mean + (belief.variance @ belief.at_centres.mT**2).clamp(min=1e-8).sqrt()
         values = (x.amax(1) if self.discrete else x[:, 0] for x in (mean, upper))  # (M, centres)
         ways = [(x / 0.1).softmax(-1) @ self.centres - obs for x in values]
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([obs, features, learned, known, q, sigma, clock, *ways], dim=-1)
 
-    def actor(self, inputs, q, covariance, clock):
-        """The actor of a task in closed form, from `inputs` (..., I), q (..., K), which is Q of each action, or Q at a = 0 and
-        its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds to logits, and moves a
-        Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first order)."""
-        start, std, temperature = self.policy(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
+    def forward(self, inputs, q, covariance, clock):
+        """The actor of a task in closed form and the baseline (...), from `inputs` (..., I), q (..., K), which is Q of each
+        action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds
+        to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
+        order)."""
+        outputs, std, temperature = self.network(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
+        values, start = self.return_mean + self.return_std * outputs[..., -1], outputs[..., :-1] * self.meta_policy
         constant, by_episodes, by_steps = self.optimism
         log_left = -clock[..., 1].log()  # of the number of episodes left
         beta = (constant + by_episodes * log_left + by_steps * clock[..., 2])[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-            return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False)
+            return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False), values
         x = nn.functional.pad(start, (1, 0), value=1.0)
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
         gradient = q[..., 1:] + beta * slope[..., 1:] / sigma
         policy = Normal(start + std**2 * gradient / temperature, std, validate_args=False)
-        return Independent(policy, 1, validate_args=False)
-
-    def baseline(self, inputs):
-        return self.return_mean + self.return_std * self.value(inputs).squeeze(-1)
+        return Independent(policy, 1, validate_args=False), values
 
 
 class Posterior:
@@ -268,6 +262,7 @@ class Posterior:
 
     def __init__(self, agent, num_tasks):
         self.prior_mean, self.prior_variance, self.noise = agent.prior()
+        self.at_centres = agent.critic_features(agent.centres)  # (centres, F)
         self.mean = self.prior_mean.expand(num_tasks, -1, -1)  # (M, K, F)
         self.variance = self.prior_variance.expand(num_tasks, -1, -1)  # the diagonal of C
         self.v, self.t = self.mean.new_zeros(num_tasks, 64, *self.prior_mean.shape), 0  # (M, t or more, K, F)
@@ -315,7 +310,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         clock = torch.stack([left / num_episodes, 1 / left, (1 - steps / limit).clamp(min=0) if limit else 0 * left], dim=-1)
         q, covariance = belief.predict(features)
         inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, clock)
-        policy = agent.actor(inputs, q, covariance, clock)
+        policy, values = agent(inputs, q, covariance, clock)
         actions = policy.sample() if explore else policy.mode
         next_obs, *others = step_envs(envs, actions, tasks, len(batch))
         after, rewards, terminated, dones = (torch.as_tensor(x).to(obs) for x in others)
@@ -325,7 +320,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
-        step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": agent.baseline(inputs)}
+        step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": values}
         batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
         episodes, steps = episodes + dones.long(), (steps + 1) * (1 - dones)
     return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
@@ -367,8 +362,7 @@ def critic_loss(agent, batch, mb_inds):
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps `mb_inds` of (S, ...)."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # four times as fast as x[mb_inds]
-    policy = agent.actor(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
-    newvalues = agent.baseline(mb["inputs"])
+    policy, newvalues = agent(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
     logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]
     ratio, advantages = logratio.exp(), mb["advantages"]
     losses = {

@@ -125,13 +125,12 @@ def store(name, rows, key):
     print(name, *rows[-1].values(), flush=True)
 
 
-def last_evaluation(folder):
-    """Of the one run below `folder`: the rows of its last evaluation on held-out tasks."""
-    [path] = Path(folder).glob("*/eval.csv")
-    rows = [row for row in csv.DictReader(path.open(newline="")) if row["split"] == "heldout"]
+def evaluation(folder):
+    """The rows of the one evaluation of a finished agent below `folder`."""
+    [path] = Path(folder).glob("evaluate__*/eval.csv")
     columns = ("adaptation", "mean_return", "stderr", "num_tasks")
-    last = [row for row in rows if row["global_step"] == rows[-1]["global_step"]]
-    return [{"env_steps": row["global_step"]} | {column: row[column] for column in columns} for row in last]
+    rows = csv.DictReader(path.open(newline=""))
+    return [{"env_steps": row["global_step"]} | {column: row[column] for column in columns} for row in rows]
 
 
 # TRAINING
@@ -164,7 +163,7 @@ def env_flags(family, script):
 
 
 def train_once(run):
-    """Trains, unless the same command has been finished before. Returns the last evaluation: a row per episode or step."""
+    """Trains and evaluates, unless the same command has been finished before. Returns the rows of the evaluation."""
     labels, script, flags, seed = run
     flags = f"{flags} --seed {seed}"
     name = re.sub(r"[^\w.]+", "_", f"{script} {flags}")  # a training that two tables ask for is run once
@@ -181,7 +180,12 @@ def train_once(run):
             return []
         finished.write_text(json.dumps({"seconds": round(time.time() - start)}))
     seconds = json.loads(finished.read_text())["seconds"]
-    return [labels | {"seed": seed, "run": name, "seconds": seconds} | row for row in last_evaluation(folder)]
+    if not any(folder.glob("evaluate__*/eval.csv")):
+        family = labels.get("family") or TRAININGS[labels["name"]][1]
+        num_tasks = FAMILIES[family][2] // (5 if script == "mrl_maml" else 1)  # MAML plays 20 episodes a task and step
+        [path] = folder.glob("*/checkpoint.pt")
+        call(script, f"--evaluate {path} --eval-tasks {num_tasks}", folder)
+    return [labels | {"seed": seed, "run": name, "seconds": seconds} | row for row in evaluation(folder)]
 
 
 def train_all(file, runs, jobs):
@@ -231,7 +235,7 @@ def evaluate_stored(name, flags):
     """Rows of the evaluation of an agent of tests/results."""
     with tempfile.TemporaryDirectory() as folder:
         call(TRAININGS[name][0], f"--evaluate {RESULTS / name}.pt {flags}", folder)
-        return last_evaluation(folder)
+        return evaluation(folder)
 
 
 def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):

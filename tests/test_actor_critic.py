@@ -124,7 +124,7 @@ def test_rollout_is_its_replay(space):
                     weights = ((centre_q.max(1).values if agent.discrete else centre_q[:, 0]) / 0.1).exp()
                     inputs.append(weights @ agent.centres / weights.sum() - s)
                 new["inputs"], following = torch.cat(inputs), W @ agent.critic_features(next_s) / 0.5
-                new["values"] = agent.return_mean + agent.return_std * agent.value(new["inputs"])[0]
+                new["values"] = agent.return_mean + agent.return_std * agent.network(new["inputs"])[-1]
                 softmax = following.exp() / following.exp().sum()
                 following = softmax if agent.discrete else torch.cat([torch.ones(1), following[1:].clamp(-1, 1)])
                 new["next_x"] = agent.critic_gamma * following * ~terminated[t, m]
@@ -186,7 +186,7 @@ def test_actor_in_closed_form(space):
     agent, batch = play(space)
     i, q, C, clock = (batch[name][3, 0] for name in ("inputs", "q", "covariance", "clock"))
     with torch.no_grad():
-        policy, start, temperature = agent.actor(i, q, C, clock), agent.policy(i), agent.log_temperature.exp()
+        policy, start, temperature = agent(i, q, C, clock)[0], agent.network(i)[:-1], agent.log_temperature.exp()
         a, b, c = agent.optimism
         beta = a + b * (1 / clock[1]).log() + c * clock[2]
     if agent.discrete:
@@ -227,7 +227,7 @@ def test_meta_loss_is_clipped_ppo(space):
 def test_without_exploration_actions_are_the_most_probable(space):
     agent = make_agent(space)
     batch = rollout(agent, EarlyEnd(4, space), [0.0] * 4, 2, 1, explore=False)
-    policy = agent.actor(*(batch[name] for name in ("inputs", "q", "covariance", "clock")))
+    policy, _ = agent(*(batch[name] for name in ("inputs", "q", "covariance", "clock")))
     torch.testing.assert_close(batch["actions"], policy.mode)
 
 
@@ -287,7 +287,7 @@ def test_ways_lead_to_the_most_valuable_centres(space):
 
 @pytest.mark.parametrize("flag", ["meta_policy", "meta_value", "meta_action_selection"])
 def test_what_is_switched_off_stays(flag):
-    parts = {"meta_policy": ("policy", "log_std", "log_temperature"), "meta_action_selection": ("optimism",)}
+    parts = {"meta_policy": ("log_std", "log_temperature"), "meta_action_selection": ("optimism",)}
     parts["meta_value"] = ("centres", "log_width", "prior_mean", "log_variance", "log_noise_std")
     agent, batch = play(SPACES[1], **{flag: False})
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
@@ -300,6 +300,9 @@ def test_what_is_switched_off_stays(flag):
         optimizer.step()
     for name, parameter in agent.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith(parts[flag]), name
+    inputs, *others = (batch[name] for name in ("inputs", "q", "covariance", "clock"))
+    (policy, _), (other, _) = agent(inputs, *others), agent(inputs + 1, *others)
+    assert torch.equal(policy.mean, other.mean) == (flag == "meta_policy")  # the network's other output learns all the same
     agent = Agent(torch.randn(9, 2), torch.zeros(9), SPACES[1], Args(**{flag: False}))
     assert agent.optimism.any() == (flag != "meta_action_selection")
 
