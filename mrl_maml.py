@@ -486,7 +486,8 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers: no checkpoint has their state"
+        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
+        assert family_attribute(envs, "episodes_per_trial", 2) in range(1, 9999), "episodes_per_trial: give 1, 2, ..."
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs

@@ -71,7 +71,7 @@ class Args:
     gamma: float = 0.97  # discount factor, over the whole trial
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
-    update_epochs: int = 0  # passes over the meta-batch in each iteration (0: 4 with discrete actions, 6 with a Box)
+    update_epochs: int = 4  # passes over the meta-batch in each iteration
     ent_coef: float = 0.02  # weight of the entropy at the start; it falls linearly to zero
 
 
@@ -374,7 +374,8 @@ def make_envs(args, num_envs):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers: no checkpoint has their state"
+        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
+        assert family_attribute(envs, "episodes_per_trial", 2) in range(1, 9999), "episodes_per_trial: give 1, 2, ..."
     except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
@@ -454,8 +455,8 @@ if __name__ == "__main__":
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
-        ("seed num_train_tasks num_tasks update_epochs learning_rate ent_coef", 0, 2**53),
-        ("torch_threads total_timesteps eval_every hidden_size num_minibatches", 1, 2**53),
+        ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
+        ("torch_threads total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
     ):
@@ -478,7 +479,6 @@ if __name__ == "__main__":
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
-    args.update_epochs = args.update_epochs or (4 if agent.discrete else 6)
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
     real = batch["masks"] > 0

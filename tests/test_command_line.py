@@ -148,6 +148,9 @@ class Functions(Side):  # tasks that cannot be pickled
     def reward(self, action):
         return self.task(action)
 
+class Half(Side):
+    episodes_per_trial = 2.5
+
 class Buttons(Side):
     action_space = gym.spaces.MultiBinary(2)
 
@@ -456,6 +459,7 @@ BAD = [  # flags, and what the one line must name
     ("--learning-rate nan", "--learning-rate nan: give a number"),
     ("--gamma 2", "--gamma 2.0: give a number from 0 to 1"),
     ("--torch-threads 0", "--torch-threads 0: give a number from 1"),
+    ("--device cuda", "each process needs a GPU"),
     ("--env-kwargs arms 5", "arms"),
     ("--env-id CartPoll-v1 --env-kwargs", "Did you mean: `CartPole`"),
     ("--env-id CartPole-v1 --env-kwargs", "CartPole-v1: it has no attribute `sample_tasks`"),
@@ -474,6 +478,7 @@ BAD = [  # flags, and what the one line must name
     ("--env-id families:Pool-v0", "must draw from rng alone"),
     ("--env-id families:Large-v0", "leave out Normalize wrappers"),
     ("--env-id families:Auto-v0", "give AutoresetMode.DISABLED"),
+    ("--env-id families:Half-v0", "episodes_per_trial: give 1, 2, ..."),
     ("--env-id families:Needs-v0", "'size'"),
     ("--env-id families:Buttons-v0", "give Discrete or Box"),
     ("--env-id families:Words-v0", "a reward or observation is not finite"),
@@ -486,7 +491,7 @@ def test_bad_input_is_one_line_and_nothing_created(script, tmp_path):
     (tmp_path / "families.py").write_text(FAMILIES)
     for flags, named in BAD:
         argv = f"{TINY[script]} {'--eval-tasks 5' if '--env-id families' in flags else ARMS} {flags}"
-        code, out, err = run(script, argv, tmp_path)
+        code, out, err = run(script, argv, tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
         assert code == 2 and out == "" and named in err and len(messages(err)) == 1, (flags, err)
         assert err.startswith(f"{script}.py: ") and not (tmp_path / "runs").exists(), (flags, err)
 
