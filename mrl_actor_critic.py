@@ -5,17 +5,18 @@
 # ///
 """The meta actor-critic: a meta-policy, a meta-value function and a meta action selection guide an actor-critic in each task.
 
-A trial is E episodes of one task. In the inner loop, the learner of the task has a normal distribution, mean m and covariance
-C, of the weights w of its critic Q(s, a) = x(a)'w f(s), and an actor that follows from it in closed form:
+A trial is E episodes of one task. In the inner loop, the learner of the task believes that the weights w of its critic
+Q(s, a) = x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from that in closed form:
 
     model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t)' - 0.4 E[x(a')] f(s_{t+1})',    noise ~ N(0, n)
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
 where rewards are in units of their size, w, m and d are matrices (K, F) on which C acts as on vectors, and <,> is their inner
-product. Q is that of m, sigma its standard deviation, and a' drawn from the softmax of Q / 0.5. This is temporal-difference
-learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010) and a step of natural policy gradient from pi_theta. The
-critic looks a step or two ahead (0.4), the outer loop to the end of the trial. It learns what guides the learner:
+product. Q is that of m, sigma its standard deviation, and a' ~ softmax(Q / 0.5), or for a Box, its linear counterpart. The
+critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), the actor a step of
+natural policy gradient from pi_theta. The critic looks a step or two ahead (0.4), the outer loop to the end of the trial. The
+outer loop learns what guides the learner:
 
     meta-policy              pi_theta and the temperature       by PPO, for the discounted return of the trial
     meta action selection    the optimism beta                  by PPO, for the discounted return of the trial
@@ -28,7 +29,7 @@ the evidence share no parameter. The algorithm is # AGENT, # ALGORITHM and # TRA
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
     python mrl_actor_critic.py --env-id mrl_rl2:GridNavi-v0            # any family of the other scripts, or your own
 
-Shapes: M trials in a meta-batch, E episodes a trial, L steps a trial, D observation size, A action size, I input size of the
+Shapes: M trials in a meta-batch, E episodes a trial, L steps of the longest trial, D observation size, I input size of the
 network, H its hidden size, K size of x(a), F size of f(s), S real steps: those up to the end of each trial's last episode.
 """
 
@@ -67,7 +68,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 3_000_000  # environment steps of the training, evaluations not counted
+    total_timesteps: int = 6_000_000  # environment steps of the training, evaluations not counted
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
@@ -88,7 +89,7 @@ class Args:
     gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches in each epoch: of steps for PPO, of whole trials for the evidence
     update_epochs: int = 4  # passes over the meta-batch in each iteration
-    ent_coef: float = 0.01  # weight of the entropy of discrete actions at the start; it falls linearly to zero
+    ent_coef: float = 0.02  # weight of the entropy at the start; it falls linearly to zero
 
 
 # TASK FAMILIES
@@ -156,7 +157,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs, rewards, action_space, args, saved=None):
         """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. Where
-        they lead to other centres than those of a `saved` state, its number of centres counts."""
+        they lead to another number of centres than a `saved` state has, which is loaded later, that one counts."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
@@ -182,19 +183,18 @@ class Agent(nn.Module):
         self.log_noise_std = nn.Parameter(torch.tensor(0.5).log())
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
         inputs, H = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3, args.hidden_size  # see `make_input`
-        layers = nn.Linear(inputs, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh(), nn.Linear(H, self.action_dim + 1)
+        outputs = self.action_dim * (1 if self.discrete else 2) + 1  # logits, or means and log deviations; the baseline
+        layers = nn.Linear(inputs, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh(), nn.Linear(H, outputs)
         for layer, gain in zip(layers[::2], (2**0.5, 2**0.5, 0.01), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         self.network, self.meta_policy = nn.Sequential(*layers), args.meta_policy
-        self.log_std = nn.Parameter(-0.5 * torch.ones(0 if self.discrete else self.action_dim))
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
         # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
-        self.optimism = nn.Parameter(torch.tensor([0.0, 0.15, 0.0]) * args.meta_action_selection)
+        self.optimism, self.meta_action_selection = nn.Parameter(torch.tensor([0.0, 0.15, 0.0])), args.meta_action_selection
         self.critic_parameters = [self.centres, self.log_width, self.prior_mean, self.log_variance, self.log_noise_std]
         nn.ParameterList(self.critic_parameters).requires_grad_(args.meta_value)
-        nn.ParameterList([self.log_std, self.log_temperature]).requires_grad_(args.meta_policy)
-        self.optimism.requires_grad_(args.meta_action_selection)
+        self.log_temperature.requires_grad_(args.meta_policy)
 
     def prior(self):
         """Mean and variances (K, F) of the critic's weights before any data of a task, and the variance of the noise, which
@@ -240,14 +240,16 @@ class Agent(nn.Module):
         action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds
         to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
         order)."""
-        outputs, std, temperature = self.network(inputs), self.log_std.clamp(-5, 2).exp(), self.log_temperature.exp()
+        outputs, temperature = self.network(inputs), self.log_temperature.exp()
         values, start = self.return_mean + self.return_std * outputs[..., -1], outputs[..., :-1] * self.meta_policy
-        constant, by_episodes, by_steps = self.optimism
+        constant, by_episodes, by_steps = self.optimism * self.meta_action_selection
         log_left = -clock[..., 1].log()  # of the number of episodes left
         beta = (constant + by_episodes * log_left + by_steps * clock[..., 2])[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
             return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False), values
+        start, log_std = start.chunk(2, -1)
+        std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
         x = nn.functional.pad(start, (1, 0), value=1.0)
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
@@ -279,7 +281,7 @@ class Posterior:
         """One step of Kalman temporal-difference learning, with d (M, K, F) and rewards (M)."""
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
         Cd = self.prior_variance * d - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
-        total = self.noise + torch.einsum("mkf,mkf->m", d, Cd)[:, None, None]  # variance of the reward before it is seen
+        total = self.noise + torch.einsum("mkf,mkf->m", d, Cd).clamp(min=0)[:, None, None]  # of the reward before it is seen
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
         self.mean = self.mean + Cd * errors / total
         self.variance = self.variance - Cd**2 / total
@@ -293,10 +295,10 @@ class Posterior:
 @torch.no_grad()
 def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; those that are done go on, masked, until all are.
-    Without `explore`, takes the most probable actions. Returns a dict: obs, next_obs (L, M, D), actions (L, M, ...), inputs
-    (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero after a terminal step,
-    clock (L, M, 3), which is the share of episodes left, 1 / episodes left, the share of the episode left, and (L, M) each:
-    logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    Without `explore`, takes the most probable actions. Returns a dict: obs, after (L, M, D), to which the step led, actions
+    (L, M, ...), inputs (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero
+    after a terminal step, clock (L, M, 3), which is the share of episodes left, 1 / episodes left, the share of the episode
+    left, and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
@@ -319,7 +321,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         next_x = agent.critic_gamma * (1 - terminated[:, None]) * agent.expected_x(next_q)
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         belief.update(d, rewards / agent.reward_scale)
-        step = {"obs": obs, "next_obs": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
+        step = {"obs": obs, "after": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": values}
         batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
         episodes, steps = episodes + dones.long(), (steps + 1) * (1 - dones)
@@ -349,7 +351,7 @@ def critic_loss(agent, batch, mb_inds):
     By the chain rule it is the error in predicting each reward from those before it. next_x is held fixed."""
     mb = {name: x.index_select(1, mb_inds).transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
-    features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "next_obs"))
+    features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "after"))
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
     errors = mb["rewards"] / agent.reward_scale - torch.einsum("mlkf,kf->ml", d, prior_mean)
     covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT + noise * torch.eye(d.shape[1]).to(d)  # (M, L, L)
@@ -599,7 +601,7 @@ if __name__ == "__main__":
         rng = seed_all(args.seed, iteration, RANK)
         remaining = 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
-        optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's: one pass in place of four
+        optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's, which makes one pass
         tasks = sample_tasks(envs, num_tasks, rng)
         if train_tasks:
             tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
@@ -622,7 +624,7 @@ if __name__ == "__main__":
             for mb_inds, mb_trials in zip(*splits, strict=True):
                 mb_losses = meta_loss(agent, flat, mb_inds)
                 loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
-                loss = loss - agent.discrete * remaining * args.ent_coef * mb_losses["entropy"]
+                loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
                 if epoch == 0 and args.meta_value:
                     mb_losses["critic_loss"] = critic_loss(agent, batch, mb_trials)
                     loss = loss + mb_losses["critic_loss"]
@@ -667,7 +669,7 @@ if __name__ == "__main__":
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
 
     # CLOSING
-    if not results:  # nothing was left to train
+    if not results:  # nothing was trained
         results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
         if args.evaluate:
             report(results, [], global_step, run_dir)

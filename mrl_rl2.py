@@ -575,7 +575,7 @@ if __name__ == "__main__":
         os._exit(0)  # the usual exit would race with gloo's threads, which may still hold tensors, and abort
 
     # CLOSING
-    if not results:  # nothing was left to train
+    if not results:  # nothing was trained
         results = {"heldout": evaluate(agent, eval_envs, heldout_tasks, args)}
         if args.evaluate:
             report(results, [], global_step, run_dir)

@@ -60,13 +60,13 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
 }
 MATRIX = tuple(FAMILIES)[:9]
 LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
-LONG_MDP = "--gamma 0.95 --gae-lambda 0.3"
+ON_A_GPU = "--device cuda --num-tasks 2048 --hidden-size 256 --learning-rate 0.001 --gamma 0.95 --gae-lambda 0.3"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", LONG_BANDIT, FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
-    "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", LONG_MDP, THREE, ""),
+    "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", f"{ON_A_GPU} --total-timesteps 39526400", (1,), "on an H100"),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
     "rl2_cross_modal_apart": ("mrl_rl2", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, "never sees a switch"),
     "rl2_point_nav": ("mrl_rl2", "PointNav", "", FIVE, ""),
@@ -100,7 +100,7 @@ ABLATIONS = (  # script, families, switches, seeds, flags
     ("mrl_actor_critic", ("TabularMDP n=10", "PointNav", "SparsePointNav"), NO_META, THREE, ""),
 )
 
-TENTHS = {"mrl_rl2": 600_000, "mrl_maml": 600_000, "mrl_actor_critic": 300_000}  # of the environment steps of the defaults
+TENTHS = {"mrl_rl2": 600_000, "mrl_maml": 600_000, "mrl_actor_critic": 600_000}  # of the environment steps of the defaults
 SPEEDS = {  # script: family, flags, tasks of a meta-batch, environment steps per task
     "mrl_rl2": ("Bandit k=5 n=100", "--hidden-size 64", 1024, 100),
     "mrl_maml": ("PointNav", "--num-episodes 20 --adapt-steps 1", 20, 20 * 2 * 100),

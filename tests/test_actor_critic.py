@@ -63,7 +63,7 @@ def play(space, num_episodes=2, **settings):
 
 def rows(agent, batch):
     """d (L, M, K F), by the definition, and rewards in the critic's units."""
-    f, next_f = (agent.critic_features(agent.encode(batch[name]))[..., None, :] for name in ("obs", "next_obs"))
+    f, next_f = (agent.critic_features(agent.encode(batch[name]))[..., None, :] for name in ("obs", "after"))
     d = agent.action_features(batch["actions"])[..., None] * f - batch["next_x"][..., None] * next_f
     return d.flatten(2), batch["rewards"] / agent.reward_scale
 
@@ -114,7 +114,7 @@ def test_rollout_is_its_replay(space):
             w, C, step = mean.flatten(), variance.flatten().diag(), 0
             for t in range(len(r)):
                 stored = {name: x[t, m] for name, x in batch.items()}
-                s, next_s = ((stored[name] - agent.obs_mean) / agent.obs_std for name in ("obs", "next_obs"))
+                s, next_s = ((stored[name] - agent.obs_mean) / agent.obs_std for name in ("obs", "after"))
                 f, W, V = agent.critic_features(s), w.view_as(mean), C.diagonal().view_as(mean)
                 X, left = torch.kron(torch.eye(len(mean)), f[None]), max(3 - int(episodes[t, m]), 1)
                 new = {"q": X @ w, "covariance": X @ C @ X.T, "clock": torch.tensor([left / 3, 1 / left, 1 - step / 6])}
@@ -137,7 +137,7 @@ def test_rollout_is_its_replay(space):
                 step = 0 if terminated[t, m] or step == 5 else step + 1
                 if t + 1 < len(r):
                     assert episodes[t + 1, m] == episodes[t, m] + (step == 0)
-                    assert torch.equal(batch["obs"][t + 1, m], stored["next_obs"] * (step > 0))
+                    assert torch.equal(batch["obs"][t + 1, m], stored["after"] * (step > 0))
     assert (batch["next_x"][..., 1:].abs() == agent.critic_gamma).any() != agent.discrete  # the clamp was met
 
 
@@ -173,7 +173,7 @@ def test_gradients_are_finite_differences(space, part):
 def test_masked_steps_change_nothing(space):
     agent, batch = play(space)
     changed = dict(batch)
-    for name in ("obs", "next_obs", "next_x", "inputs", "q", "clock", "rewards", "advantages", "returns", "logprobs"):
+    for name in ("obs", "after", "next_x", "inputs", "q", "clock", "rewards", "advantages", "returns", "logprobs"):
         masks = batch["masks"].view(*batch["masks"].shape, *[1] * (batch[name].dim() - 2))
         changed[name] = batch[name] + 5 * (1 - masks)
     torch.testing.assert_close(critic_loss(agent, changed, torch.arange(4)), critic_loss(agent, batch, torch.arange(4)))
@@ -186,21 +186,23 @@ def test_actor_in_closed_form(space):
     agent, batch = play(space)
     i, q, C, clock = (batch[name][3, 0] for name in ("inputs", "q", "covariance", "clock"))
     with torch.no_grad():
-        policy, start, temperature = agent(i, q, C, clock)[0], agent.network(i)[:-1], agent.log_temperature.exp()
+        policy, outputs, temperature = agent(i, q, C, clock)[0], agent.network(i)[:-1], agent.log_temperature.exp()
         a, b, c = agent.optimism
         beta = a + b * (1 / clock[1]).log() + c * clock[2]
     if agent.discrete:
-        weights = start.softmax(-1) * ((q + beta * C.diagonal().sqrt()) / temperature).exp()
+        weights = outputs.softmax(-1) * ((q + beta * C.diagonal().sqrt()) / temperature).exp()
         torch.testing.assert_close(policy.probs, weights / weights.sum())
         return
+    start, std = outputs[:2], (outputs[2:] - 0.5).exp()
     action = start.clone().requires_grad_()
     x = torch.cat([torch.ones(1), action])
     (gradient,) = torch.autograd.grad(x @ q + beta * (x @ C @ x).sqrt(), action)
-    std = agent.log_std.detach().exp()
     torch.testing.assert_close(policy.mean, start + std**2 / temperature * gradient)
     actions = batch["actions"][3, 0]
     density = -0.5 * ((actions - policy.mean) / std) ** 2 - std.log() - 0.5 * np.log(2 * np.pi)
     torch.testing.assert_close(policy.log_prob(actions), density.sum())
+    agent.network[-1].bias.data[2:4] = torch.tensor([-1e9, 1e9])
+    torch.testing.assert_close(agent(i, q, C, clock)[0].stddev.log(), torch.tensor([-5.0, 2.0]))
 
 
 def test_critic_learns_from_actions_as_they_are_executed():
@@ -287,7 +289,7 @@ def test_ways_lead_to_the_most_valuable_centres(space):
 
 @pytest.mark.parametrize("flag", ["meta_policy", "meta_value", "meta_action_selection"])
 def test_what_is_switched_off_stays(flag):
-    parts = {"meta_policy": ("log_std", "log_temperature"), "meta_action_selection": ("optimism",)}
+    parts = {"meta_policy": ("log_temperature",), "meta_action_selection": ("optimism",)}
     parts["meta_value"] = ("centres", "log_width", "prior_mean", "log_variance", "log_noise_std")
     agent, batch = play(SPACES[1], **{flag: False})
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
@@ -303,8 +305,8 @@ def test_what_is_switched_off_stays(flag):
     inputs, *others = (batch[name] for name in ("inputs", "q", "covariance", "clock"))
     (policy, _), (other, _) = agent(inputs, *others), agent(inputs + 1, *others)
     assert torch.equal(policy.mean, other.mean) == (flag == "meta_policy")  # the network's other output learns all the same
-    agent = Agent(torch.randn(9, 2), torch.zeros(9), SPACES[1], Args(**{flag: False}))
-    assert agent.optimism.any() == (flag != "meta_action_selection")
+    other, _ = agent(inputs, others[0], torch.eye(3), others[2])
+    assert torch.equal(policy.mean, other.mean) == (flag == "meta_action_selection")
 
 
 @pytest.mark.parametrize("space", SPACES)
