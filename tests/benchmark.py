@@ -59,12 +59,11 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "VariedPendulum": ("varied_pendulum", "VariedPendulum-v0", 200),
 }
 MATRIX = tuple(FAMILIES)[:9]
-LONG_BANDIT = "--hidden-size 64 --gamma 0.99 --gae-lambda 0.98"
 ON_A_GPU = "--device cuda --num-tasks 2048 --hidden-size 256 --learning-rate 0.001 --gamma 0.95 --gae-lambda 0.3"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
-    "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", LONG_BANDIT, FIVE, ""),
+    "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "", FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", f"{ON_A_GPU} --total-timesteps 39526400", (1,), "on an H100"),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
@@ -209,7 +208,7 @@ def train(names: tyro.conf.Positional[Names], seeds: Seeds = (), jobs: int = 2):
         rows = sorted(train_all("trainings.csv", runs, jobs), key=lambda row: float(row["mean_return"]))
         median = rows[(len(rows) - 1) // 2]
         [path] = RUNS.glob(f"{median['run']}/*/checkpoint.pt")
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["optimizer"]["state"] = {}  # Adam's moments: twice the size of the weights, and of use to a training alone
         torch.save(checkpoint, RESULTS / f"{name}.pt")
 
