@@ -281,7 +281,7 @@ class Posterior:
         """One step of Kalman temporal-difference learning, with d (M, K, F) and rewards (M)."""
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
         Cd = self.prior_variance * d - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
-        total = self.noise + torch.einsum("mkf,mkf->m", d, Cd).clamp(min=0)[:, None, None]  # of the reward before it is seen
+        total = self.noise + torch.einsum("mkf,mkf->m", d, Cd)[:, None, None]  # variance of the reward before it is seen
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
         self.mean = self.mean + Cd * errors / total
         self.variance = self.variance - Cd**2 / total
