@@ -195,7 +195,7 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
             key = next(key for key in SCRIPTS if name.startswith(key))
             before, mean, error = np.array(points).T - [[key != "maml"], [0], [0]]
             style = "s--" if key == "maml" else "o-" if len(mean) < 20 else "-"
-            colour = COLOURS[4 if name.endswith("long") else list(SCRIPTS).index(key)]
+            colour = COLOURS[4 if name.endswith(("long", "apart")) else list(SCRIPTS).index(key)]
             label = f"{name}, {'steps' if key == 'maml' else 'episodes'}"
             axis.errorbar(before, mean, error, fmt=style, color=colour, markersize=4, label=label)
         episodes = min(10, int(family.partition("n=")[2] or 1))  # or tenths of a trial: players have sums over it
