@@ -10,13 +10,15 @@ Q(s, a) = x(a)'w f(s) are normal with mean m and covariance C, and its actor fol
 
     model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t)' - 0.4 E[x(a')] f(s_{t+1})',    noise ~ N(0, n)
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
-    actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
+    actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature),
+               beta = b_0 + b_1 log(episodes left) + b_2 log(sigma^2)
 
 where rewards are in units of their size, w, m and d are matrices (K, F) on which C acts as on vectors, and <,> is their inner
 product. Q is that of m, sigma its standard deviation, and a' ~ softmax(Q / 0.5), or for a Box, its linear counterpart. The
 critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), the actor a step of
-natural policy gradient from pi_theta. The critic looks a step or two ahead (0.4), the outer loop to the end of the trial. The
-outer loop learns what guides the learner:
+natural policy gradient from pi_theta. Optimism pays off while much is unknown and much is left; how fast it grows with both
+is learned (a Gittins index grows about as their logarithms). The critic looks a step or two ahead (0.4), the outer loop to the
+end of the trial. The outer loop learns what guides the learner:
 
     meta-policy              pi_theta and the temperature       by PPO, for the discounted return of the trial
     meta action selection    the optimism beta                  by PPO, for the discounted return of the trial
@@ -190,8 +192,8 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.bias)
         self.network, self.meta_policy = nn.Sequential(*layers), args.meta_policy
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
-        # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
-        self.optimism, self.meta_action_selection = nn.Parameter(torch.tensor([0.0, 0.15, 0.0])), args.meta_action_selection
+        # Meta action selection: b_0, b_1 and b_2 of beta = b_0 + b_1 log(episodes left) + b_2 log(sigma^2).
+        self.optimism, self.meta_action_selection = nn.Parameter(torch.tensor([0.4, 0.15, 0.15])), args.meta_action_selection
         self.critic_parameters = [self.centres, self.log_width, self.prior_mean, self.log_variance, self.log_noise_std]
         nn.ParameterList(self.critic_parameters).requires_grad_(args.meta_value)
         self.log_temperature.requires_grad_(args.meta_policy)
@@ -235,24 +237,25 @@ class Agent(nn.Module):
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([obs, features, learned, known, q, sigma, clock, *ways], dim=-1)
 
-    def forward(self, inputs, q, covariance, clock):
+    def forward(self, inputs, q, covariance, left):
         """The actor of a task in closed form and the baseline (...), from `inputs` (..., I), q (..., K), which is Q of each
-        action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds
-        to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
-        order)."""
+        action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the episodes left (...). The exponential
+        adds to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
+        order, with beta held fixed)."""
         outputs, temperature = self.network(inputs), self.log_temperature.exp()
         values, start = self.return_mean + self.return_std * outputs[..., -1], outputs[..., :-1] * self.meta_policy
-        constant, by_episodes, by_steps = self.optimism * self.meta_action_selection
-        log_left = -clock[..., 1].log()  # of the number of episodes left
-        beta = (constant + by_episodes * log_left + by_steps * clock[..., 2])[..., None]
+        constant, by_episodes, by_variance = self.optimism * self.meta_action_selection
+        beta = (constant + by_episodes * left.log())[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
+            beta = beta + by_variance * 2 * sigma.log()
             return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False), values
         start, log_std = start.chunk(2, -1)
         std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
         x = nn.functional.pad(start, (1, 0), value=1.0)
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
+        beta = beta + by_variance * 2 * sigma.log()
         gradient = q[..., 1:] + beta * slope[..., 1:] / sigma
         policy = Normal(start + std**2 * gradient / temperature, std, validate_args=False)
         return Independent(policy, 1, validate_args=False), values
@@ -280,8 +283,10 @@ class Posterior:
     def update(self, d, rewards):
         """One step of Kalman temporal-difference learning, with d (M, K, F) and rewards (M)."""
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
-        Cd = self.prior_variance * d - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
-        total = self.noise + torch.einsum("mkf,mkf->m", d, Cd)[:, None, None]  # variance of the reward before it is seen
+        prior = self.prior_variance * d
+        Cd = prior - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
+        variances = torch.einsum("mkf,nmkf->nm", d, torch.stack([Cd, 1e-5 * prior]))  # now; what float32 can tell from 0
+        total = (self.noise + variances.amax(0))[:, None, None]  # variance of the reward before it is seen
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
         self.mean = self.mean + Cd * errors / total
         self.variance = self.variance - Cd**2 / total
@@ -297,8 +302,8 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; those that are done go on, masked, until all are.
     Without `explore`, takes the most probable actions. Returns a dict: obs, after (L, M, D), to which the step led, actions
     (L, M, ...), inputs (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero
-    after a terminal step, clock (L, M, 3), which is the share of episodes left, 1 / episodes left, the share of the episode
-    left, and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
+    after a terminal step, and (L, M) each: episodes left, logprobs, values, rewards, masks (1: part of the trial), episodes
+    (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
@@ -312,7 +317,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         clock = torch.stack([left / num_episodes, 1 / left, (1 - steps / limit).clamp(min=0) if limit else 0 * left], dim=-1)
         q, covariance = belief.predict(features)
         inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, clock)
-        policy, values = agent(inputs, q, covariance, clock)
+        policy, values = agent(inputs, q, covariance, left)
         actions = policy.sample() if explore else policy.mode
         next_obs, *others = step_envs(envs, actions, tasks, len(batch))
         after, rewards, terminated, dones = (torch.as_tensor(x).to(obs) for x in others)
@@ -322,7 +327,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "after": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
-        step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": values}
+        step |= {"next_x": next_x, "left": left, "logprobs": policy.log_prob(actions), "values": values}
         batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
         episodes, steps = episodes + dones.long(), (steps + 1) * (1 - dones)
     return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
@@ -364,7 +369,7 @@ def critic_loss(agent, batch, mb_inds):
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps `mb_inds` of (S, ...)."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # four times as fast as x[mb_inds]
-    policy, newvalues = agent(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
+    policy, newvalues = agent(mb["inputs"], mb["q"], mb["covariance"], mb["left"])
     logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]
     ratio, advantages = logratio.exp(), mb["advantages"]
     losses = {
