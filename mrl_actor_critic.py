@@ -592,7 +592,7 @@ if __name__ == "__main__":
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     run_dir = args.resume.parent if args.resume else Path(args.runs_dir, "evaluate__" * bool(args.evaluate) + run_name)
-    path = args.evaluate or run_dir / "checkpoint.pt"
+    path = path or run_dir / "checkpoint.pt"
     if RANK == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
         saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}

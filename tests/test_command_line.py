@@ -9,6 +9,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -364,6 +365,10 @@ def test_killed_at_random_and_resumed_is_the_run_never_stopped(script, trained, 
     code, _, err = run(script, f"--resume {paths[0]}", tmp_path)  # there is nothing left to do
     assert code == 0 and equal(checkpoint(whole), checkpoint(run_dir))
     assert (whole / "eval.csv").read_bytes() == (run_dir / "eval.csv").read_bytes()
+    copied = shutil.copy(paths[0], run_dir / "kept.pt")  # the run goes on in the file that is named
+    code, _, err = run(script, f"--resume {copied} --total-timesteps {21 * STEPS[script]}", tmp_path)
+    assert code == 0 and torch.load(copied, weights_only=True)["iteration"] == 21
+    assert equal(checkpoint(whole), checkpoint(run_dir))
 
 
 @both
