@@ -4,8 +4,10 @@
     python tests/benchmark.py evaluate                # all agents of tests/results on many held-out tasks
     python tests/benchmark.py defaults                # three scripts by all families, with default flags
     python tests/benchmark.py cross_modal             # what is learned through one sense, used through the other
+    python tests/benchmark.py uncertain               # random MDPs with more or less noise than in the training
     python tests/benchmark.py ablation                # what single parts of the algorithms are worth
     python tests/benchmark.py speed                   # steps per second; `speed busy`: wall times on a busy machine
+    python tests/benchmark.py cost                    # time and memory against tasks, episodes, steps and adaptation steps
     python tests/benchmark.py size                    # lines and characters of code
     python tests/benchmark.py report                  # fills the tables of tests/results/README.md from the CSV files alone
 
@@ -36,6 +38,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import mrl_actor_critic  # noqa: E402
 import mrl_rl2  # noqa: E402
 
 RESULTS, RUNS = ROOT / "tests/results", ROOT / "runs/benchmark"
@@ -310,6 +313,33 @@ def cross_modal(num_tasks: int = 4000):
         store("cross_modal.csv", rows, ["name", "senses"])
 
 
+class NoisyMDP(mrl_actor_critic.TabularMDP):
+    """Rewards with noise of another deviation than 1, and a share of `slips`, steps in which the action is a random one."""
+
+    def __init__(self, num_envs=1, noise=1.0, slips=0.0):
+        super().__init__(num_envs)
+        self.noise, self.slips = noise, slips
+
+    def act(self, actions):
+        slips, others = self.np_random.random(self.num_envs) < self.slips, self.np_random.integers(5, size=self.num_envs)
+        actions = np.where(slips, others, actions)
+        mean_rewards = self.tasks[np.arange(self.num_envs), self.state, actions, 10]
+        return mean_rewards + self.noise * (super().act(actions) - mean_rewards)
+
+
+gym.register("NoisyMDP-v0", vector_entry_point=NoisyMDP)
+
+
+def uncertain():
+    """Agents trained on random MDPs, on those with other noise, or with actions that slip -> uncertain.csv"""
+    for name, num_tasks in (("rl2_tabular_mdp_n10", 4000), ("actor_critic_tabular_mdp", 4000), ("maml_tabular_mdp", 400)):
+        for noise, slips in [*((noise, 0) for noise in (0, 0.5, 1, 2, 4)), *((1, slips) for slips in (0.1, 0.2, 0.3))]:
+            family = f"--env-id benchmark:NoisyMDP-v0 --env-kwargs noise {noise} slips {slips}"
+            rows = evaluate_stored(name, f"{family} --eval-tasks {num_tasks}")
+            rows = [{"name": name, "noise": noise, "slips": slips} | row for row in rows]
+            store("uncertain.csv", rows, ["name", "noise", "slips"])
+
+
 # SPEED AND SIZE
 def speed(
     what: tyro.conf.Positional[str] = "", iterations: int = 20, warm_up: int = 3, device: str = "cpu", times: Seeds = (1,)
@@ -323,11 +353,9 @@ def speed(
         short = f"--device {device} --eval-tasks 2 --eval-every 1000000 --total-timesteps {steps * (warm_up + iterations)}"
         with tempfile.TemporaryDirectory() as folder:
             call(script, f"{env_flags(family, script)} {flags} {short}", folder, processes)
-            [run] = Path(folder).iterdir()
-            events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+            figures = medians(folder, warm_up, ("charts/SPS", "time/rollout", "time/update"))
         row = {"script": script, "setting": f"{family} {flags}", "device": device, "processes": processes, "threads": 1}
-        for tag in ("charts/SPS", "time/rollout", "time/update"):
-            row[tag] = f"{statistics.median(event.value for event in events.Scalars(tag)[warm_up:]):.4g}"
+        row |= {tag: f"{value:.4g}" for tag, value in figures.items()}
         row |= {"cores": os.cpu_count(), "load_average": f"{os.getloadavg()[0]:.1f}"}
         store("speed.csv", [row], ["script", "setting", "device", "processes", "threads"])
     for script, busy in itertools.product(SCRIPTS if what == "busy" else (), (0, os.cpu_count())):
@@ -341,6 +369,61 @@ def speed(
         for process in others:
             process.kill()
         store("wall_times.csv", [row], ["script", "busy_processes"])
+
+
+COSTS = {  # script: family, what is doubled as flags, its smallest values, steps of an iteration
+    "mrl_rl2": (
+        "Bandit-v0",
+        {"tasks": "--num-tasks", "pulls of a trial": "--env-kwargs k 5 n"},
+        (256, 50),
+        lambda m, n: m * n,
+    ),
+    "mrl_maml": (
+        "PointNav-v0",
+        {"tasks": "--num-tasks", "episodes": "--num-episodes", "adaptation steps": "--adapt-steps"},
+        (10, 10, 1),
+        lambda m, e, k: m * e * (k + 1) * 100,
+    ),
+    "mrl_actor_critic": (
+        "TabularMDP-v0",
+        {"tasks": "--num-tasks", "episodes of a trial": "--env-kwargs n"},
+        (64, 5),
+        lambda m, e: m * e * 10,
+    ),
+}
+PEAK = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def medians(folder, warm_up, tags):
+    """Medians over the iterations after the first few, from the events of the one run in `folder`."""
+    [run] = Path(folder).iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: statistics.median(event.value for event in events.Scalars(tag)[warm_up:]) for tag in tags}
+
+
+def cost(iterations: int = 8, warm_up: int = 3):
+    """Seconds of an iteration and peak memory, as one thing after the other is doubled -> cost.csv"""
+    for script, (family, flags, smallest, steps_of) in COSTS.items():
+        for what, factor in itertools.product(flags, (1, 2, 4)):
+            sizes = [x * (factor if name == what else 1) for name, x in zip(flags, smallest, strict=True)]
+            steps = steps_of(*sizes)
+            settings = " ".join(f"{flag} {x}" for flag, x in zip(flags.values(), sizes, strict=True))
+            short = f"--eval-tasks 2 --eval-every 1000000 --total-timesteps {steps * (warm_up + iterations)}"
+            with tempfile.TemporaryDirectory() as folder:
+                argv = f"--env-id {family} {settings} {short} --runs-dir {folder}".split()
+                command = [sys.executable, "-c", PEAK, str(ROOT / f"{script}.py"), *argv]
+                process = Popen(command, stdout=PIPE, stderr=DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                CHILDREN.append(process)
+                peak = int(process.communicate()[0].split()[-1])
+                times = medians(folder, warm_up, ("time/rollout", "time/update"))
+            row = {"script": script, "setting": f"{family} {settings}", "doubled": what, "factor": factor, "env_steps": steps}
+            row |= {tag: f"{value:.3g}" for tag, value in times.items()} | {"peak_MiB": peak}
+            store("cost.csv", [row], ["script", "doubled", "factor"])
 
 
 def size():
@@ -472,10 +555,15 @@ def report():
     tables = {"families": family_tables(), "trainings": training_commands()}
     tables |= {"defaults": seeds_table("defaults.csv", "script"), "ablation": seeds_table("ablation.csv", "switch")}
     rows = {(f"{row['name']}, {row['senses']}", row["adaptation"]): row for row in read("cross_modal.csv")}
+    rows = {
+        (f"{row['name']}, {row['adaptation']}", f"noise {row['noise']} slips {row['slips']}"): row
+        for row in read("uncertain.csv")
+    }
+    tables["uncertain"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
     tables["cross_modal"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
     rows = {(f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"): row for row in read("probe.csv")}
     tables["probe"] = table({key: f"{float(row['accuracy']):.3f}" for key, row in rows.items()})
-    for name in ("speed", "wall_times", "size"):
+    for name in ("speed", "wall_times", "cost", "size"):
         rows = read(f"{name}.csv") or [{}]
         tables[name] = markdown([rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)])
     path = RESULTS / "README.md"
@@ -485,7 +573,7 @@ def report():
     path.write_text("".join(parts))
 
 
-COMMANDS = train, evaluate, defaults, ablation, cross_modal, speed, size, report
+COMMANDS = train, evaluate, defaults, ablation, cross_modal, uncertain, speed, cost, size, report
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)

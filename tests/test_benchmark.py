@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from benchmark import MovedGoal, linear_probe
+from benchmark import MovedGoal, NoisyMDP, linear_probe
 
 
 def test_goal_moves_after_two_episodes():
@@ -23,3 +23,18 @@ def test_linear_probe_reads_what_is_there_and_nothing_else():
         logits = linear_probe(hidden[:1000], goals[:1000])
         accuracy = (logits(hidden[1000:]).argmax(-1) == goals[1000:]).double().mean()
         assert least <= accuracy <= most
+
+
+def test_noise_and_slips_of_random_mdps():
+    for noise, slips in ((0.0, 0.0), (3.0, 0.0), (0.0, 1.0)):
+        envs = NoisyMDP(20_000, noise, slips)
+        envs.task = envs.sample_tasks(1, np.random.default_rng(0)).repeat(20_000, axis=0)  # one task, in all of them
+        envs.reset(seed=0)
+        means = envs.tasks[0, 0, :, 10]  # of the five actions in state 0
+        obs, rewards, *_ = envs.step(np.full(20_000, 2))
+        taken = np.abs(rewards[:, None] - means).argmin(axis=1) if noise == 0 else np.full(20_000, 2)
+        np.testing.assert_allclose(
+            np.bincount(taken, minlength=5) / 20_000, np.full(5, 0.2) if slips else np.eye(5)[2], atol=0.02
+        )
+        np.testing.assert_allclose((rewards - means[taken]).std(), noise, atol=0.05)
+        np.testing.assert_allclose(obs.mean(0), envs.tasks[0, 0, taken, :10].mean(0), atol=0.02)
