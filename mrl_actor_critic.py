@@ -283,10 +283,10 @@ class Posterior:
     def update(self, d, rewards):
         """One step of Kalman temporal-difference learning, with d (M, K, F) and rewards (M)."""
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
-        prior = self.prior_variance * d
+        prior = self.prior_variance * d  # C_0 d
         Cd = prior - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
-        variances = torch.einsum("mkf,nmkf->nm", d, torch.stack([Cd, 1e-5 * prior]))  # now; what float32 can tell from 0
-        total = (self.noise + variances.amax(0))[:, None, None]  # variance of the reward before it is seen
+        variance = (d * Cd).sum((1, 2)).maximum(1e-5 * (d * prior).sum((1, 2)))  # float32 cannot tell less from zero
+        total = (self.noise + variance)[:, None, None]  # variance of the reward before it is seen
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
         self.mean = self.mean + Cd * errors / total
         self.variance = self.variance - Cd**2 / total
