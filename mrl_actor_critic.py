@@ -6,26 +6,25 @@
 """The meta actor-critic: a meta-policy, a meta-value function and a meta action selection guide an actor-critic in each task.
 
 A trial is E episodes of one task. In the inner loop, the learner of the task believes that the weights w of its critic
-Q(s, a) = x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from that in closed form:
+x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from that in closed form:
 
     model      r_t = <d_t, w> + noise,   d_t = x(a_t) f(s_t)' - 0.4 E[x(a')] f(s_{t+1})',    noise ~ N(0, n)
     critic     m += C d_t (r_t - <d_t, m>) / (n + <d_t, C d_t>),   C -= C d_t (C d_t)' / (n + <d_t, C d_t>)   after each step
-    actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature),
-               beta = b_0 + b_1 log(episodes left) + b_2 log(sigma^2)
+    actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
-where rewards are in units of their size, w, m and d are matrices (K, F) on which C acts as on vectors, and <,> is their inner
-product. Q is that of m, sigma its standard deviation, and a' ~ softmax(Q / 0.5), or for a Box, its linear counterpart. The
+where Q(s, a) = x(a)'m f(s), and sigma is the critic's standard deviation. w, m and d are matrices (K, F) on which C acts as on
+vectors, and <,> is their inner product. Rewards are divided by their root mean square. E[x(a')] is that of a softmax of Q /
+0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and absent after a terminal step. The
 critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), the actor a step of
-natural policy gradient from pi_theta. Optimism pays off while much is unknown and much is left; how fast it grows with both
-is learned (a Gittins index grows about as their logarithms). The critic looks a step or two ahead (0.4), the outer loop to the
-end of the trial. The outer loop learns what guides the learner:
+natural policy gradient from pi_theta. The critic looks a step or two ahead (0.4), the outer loop to the end of the trial. The
+outer loop learns what guides the learner:
 
     meta-policy              pi_theta and the temperature       by PPO, for the discounted return of the trial
     meta action selection    the optimism beta                  by PPO, for the discounted return of the trial
-    meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L), a pass a meta-batch
+    meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L | states, actions)
 
-Like RL²'s hidden state, m and C are the memory of the policy. What it reads of them is stored, not recomputed, so that PPO and
-the evidence share no parameter. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+PPO's baseline is another output of pi_theta's network, not the critic. Like RL²'s hidden state, m and C are the memory of the
+policy; what it reads of them is stored, so that PPO and the evidence share no parameter. Read AGENT, ALGORITHM and TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
@@ -180,7 +179,7 @@ class Agent(nn.Module):
         self.critic_gamma = 0.4
         K, F = self.action_dim + (not self.discrete), len(centres) + (0 if self.tabular else 1 + obs.shape[1])
         self.prior_mean, self.log_variance = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
-        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # where x(a) and f(s) are 1
+        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # where they are about 1
         self.prior_mean.data[rows, columns] = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # each step pays it
         self.log_noise_std = nn.Parameter(torch.tensor(0.5).log())
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
@@ -192,15 +191,15 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.bias)
         self.network, self.meta_policy = nn.Sequential(*layers), args.meta_policy
         self.log_temperature = nn.Parameter(torch.tensor(0.1).log())
-        # Meta action selection: b_0, b_1 and b_2 of beta = b_0 + b_1 log(episodes left) + b_2 log(sigma^2).
-        self.optimism, self.meta_action_selection = nn.Parameter(torch.tensor([0.4, 0.15, 0.15])), args.meta_action_selection
+        # Meta action selection: optimism = a + b log(episodes left) + c (share of the episode that is left).
+        self.optimism, self.meta_action_selection = nn.Parameter(torch.tensor([0.0, 0.15, 0.0])), args.meta_action_selection
         self.critic_parameters = [self.centres, self.log_width, self.prior_mean, self.log_variance, self.log_noise_std]
         nn.ParameterList(self.critic_parameters).requires_grad_(args.meta_value)
         self.log_temperature.requires_grad_(args.meta_policy)
 
     def prior(self):
         """Mean and variances (K, F) of the critic's weights before any data of a task, and the variance of the noise, which
-        must not vanish in a task without any."""
+        must not vanish where rewards have none."""
         return self.prior_mean, self.log_variance.exp(), (2 * self.log_noise_std).exp() + 1e-4
 
     def encode(self, obs):
@@ -219,14 +218,14 @@ class Agent(nn.Module):
         return nn.functional.pad(actions.clamp(-1, 1), (1, 0), value=1.0)
 
     def expected_x(self, q):
-        """E[x(a')] (..., K) of the softmax of Q / 0.5, whatever the actor does; for a Box, x of the gradient of Q / 0.5."""
+        """E[x(a')] (..., K) of the softmax of Q / 0.5, whatever the actor does; for a Box, of its clipped gradient."""
         if self.discrete:
             return (q / 0.5).softmax(-1)
         return nn.functional.pad((q[..., 1:] / 0.5).clamp(-1, 1), (1, 0), value=1.0)
 
     def make_input(self, obs, features, belief, q, covariance, clock):
-        """What the network reads (M, I): the encoded observation, its features, what was learned of the weights
-        and how surely, Q and its deviation, the clock, and the ways to the centres of highest value and upper bound."""
+        """What the network reads (M, I): the encoded observation, its features, what was learned of the weights, and how
+        surely, Q and its deviation, the clock, and the ways to the centres of highest value and highest value + deviation."""
         learned = (belief.mean - belief.prior_mean).flatten(1)
         known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
@@ -237,25 +236,24 @@ class Agent(nn.Module):
         q = q - q.mean(-1, keepdim=True) if self.discrete else q
         return torch.cat([obs, features, learned, known, q, sigma, clock, *ways], dim=-1)
 
-    def forward(self, inputs, q, covariance, left):
+    def forward(self, inputs, q, covariance, clock):
         """The actor of a task in closed form and the baseline (...), from `inputs` (..., I), q (..., K), which is Q of each
-        action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the episodes left (...). The exponential
-        adds to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
-        order, with beta held fixed)."""
+        action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds
+        to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
+        order)."""
         outputs, temperature = self.network(inputs), self.log_temperature.exp()
         values, start = self.return_mean + self.return_std * outputs[..., -1], outputs[..., :-1] * self.meta_policy
-        constant, by_episodes, by_variance = self.optimism * self.meta_action_selection
-        beta = (constant + by_episodes * left.log())[..., None]
+        constant, by_episodes, by_steps = self.optimism * self.meta_action_selection
+        log_left = -clock[..., 1].log()  # of the number of episodes left
+        beta = (constant + by_episodes * log_left + by_steps * clock[..., 2])[..., None]
         if self.discrete:
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
-            beta = beta + by_variance * 2 * sigma.log()
             return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False), values
         start, log_std = start.chunk(2, -1)
         std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
         x = nn.functional.pad(start, (1, 0), value=1.0)
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
-        beta = beta + by_variance * 2 * sigma.log()
         gradient = q[..., 1:] + beta * slope[..., 1:] / sigma
         policy = Normal(start + std**2 * gradient / temperature, std, validate_args=False)
         return Independent(policy, 1, validate_args=False), values
@@ -263,7 +261,8 @@ class Agent(nn.Module):
 
 class Posterior:
     """The learners of M trials: mean and covariance of the weights of each one's critic. The covariance is never formed: after
-    t steps, C = C_0 - sum_i v_i v_i', where v_i = C d_i / sqrt(n + <d_i, C d_i>) with the C before step i."""
+    t steps, C = C_0 - sum_i v_i v_i', where v_i = C d_i / sqrt(n + <d_i, C d_i>) with the C before step i. Where float32
+    cannot tell <d, C d> from zero, 1e-5 <d, C_0 d> takes its place, as if there were more noise."""
 
     def __init__(self, agent, num_tasks):
         self.prior_mean, self.prior_variance, self.noise = agent.prior()
@@ -285,7 +284,7 @@ class Posterior:
         v = self.v[:, : self.t].flatten(2)  # (M, t, K F)
         prior = self.prior_variance * d  # C_0 d
         Cd = prior - (d.flatten(1)[:, None] @ v.mT @ v).view_as(d)
-        variance = (d * Cd).sum((1, 2)).maximum(1e-5 * (d * prior).sum((1, 2)))  # float32 cannot tell less from zero
+        variance = (d * Cd).sum((1, 2)).maximum(1e-5 * (d * prior).sum((1, 2)))
         total = (self.noise + variance)[:, None, None]  # variance of the reward before it is seen
         errors = (rewards - torch.einsum("mkf,mkf->m", d, self.mean))[:, None, None]
         self.mean = self.mean + Cd * errors / total
@@ -302,8 +301,8 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
     """Plays a trial of `num_episodes` episodes in each sub-environment; those that are done go on, masked, until all are.
     Without `explore`, takes the most probable actions. Returns a dict: obs, after (L, M, D), to which the step led, actions
     (L, M, ...), inputs (L, M, I), q (L, M, K), its covariance (L, M, K, K), next_x (L, M, K), which is 0.4 E x(a'), or zero
-    after a terminal step, and (L, M) each: episodes left, logprobs, values, rewards, masks (1: part of the trial), episodes
-    (from 0)."""
+    after a terminal step, clock (L, M, 3), which is the share of episodes left, 1 / episodes left, the share of the episode
+    left, and (L, M) each: logprobs, values, rewards, masks (1: part of the trial), episodes (from 0)."""
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     set_attr = getattr(envs.unwrapped, "set_attr", envs.unwrapped.__setattr__)
     set_attr("task", [copy.deepcopy(task) for task in tasks])  # a family may change its task
@@ -317,7 +316,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         clock = torch.stack([left / num_episodes, 1 / left, (1 - steps / limit).clamp(min=0) if limit else 0 * left], dim=-1)
         q, covariance = belief.predict(features)
         inputs = agent.make_input(agent.encode(obs), features, belief, q, covariance, clock)
-        policy, values = agent(inputs, q, covariance, left)
+        policy, values = agent(inputs, q, covariance, clock)
         actions = policy.sample() if explore else policy.mode
         next_obs, *others = step_envs(envs, actions, tasks, len(batch))
         after, rewards, terminated, dones = (torch.as_tensor(x).to(obs) for x in others)
@@ -327,7 +326,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
         belief.update(d, rewards / agent.reward_scale)
         step = {"obs": obs, "after": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
-        step |= {"next_x": next_x, "left": left, "logprobs": policy.log_prob(actions), "values": values}
+        step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": values}
         batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
         episodes, steps = episodes + dones.long(), (steps + 1) * (1 - dones)
     return {name: torch.stack([step[name] for step in batch]) for name in batch[0]}
@@ -354,13 +353,15 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 def critic_loss(agent, batch, mb_inds):
     """The loss -log N(r; X m_0, X C_0 X' + n I) of the trials `mb_inds`, per real step, up to a constant, with rows d_t of X.
     By the chain rule it is the error in predicting each reward from those before it. next_x is held fixed."""
-    mb = {name: x.index_select(1, mb_inds).transpose(0, 1) for name, x in batch.items()}  # (M, L, ...)
+    names = ("obs", "after", "actions", "next_x", "rewards", "masks")
+    mb = {name: batch[name].index_select(1, mb_inds).transpose(0, 1) for name in names}  # (M, L, ...)
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "after"))
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
     errors = mb["rewards"] / agent.reward_scale - torch.einsum("mlkf,kf->ml", d, prior_mean)
-    covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT + noise * torch.eye(d.shape[1]).to(d)  # (M, L, L)
-    factor = torch.linalg.cholesky(covariance)
+    covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT  # (M, L, L)
+    diagonal = noise + 1e-5 * covariance.diagonal(dim1=-2, dim2=-1)  # as in `Posterior`
+    factor = torch.linalg.cholesky(covariance + diagonal.diag_embed())
     errors = torch.linalg.solve_triangular(factor, errors[..., None], upper=False).squeeze(-1)
     losses = errors**2 / 2 + factor.diagonal(dim1=-2, dim2=-1).log()
     return (losses * mb["masks"]).sum() / mb["masks"].sum()
@@ -369,7 +370,7 @@ def critic_loss(agent, batch, mb_inds):
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps `mb_inds` of (S, ...)."""
     mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # four times as fast as x[mb_inds]
-    policy, newvalues = agent(mb["inputs"], mb["q"], mb["covariance"], mb["left"])
+    policy, newvalues = agent(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
     logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]
     ratio, advantages = logratio.exp(), mb["advantages"]
     losses = {
@@ -623,7 +624,8 @@ if __name__ == "__main__":
         rollout_time, start = time.time() - start, time.time()
 
         losses, num_steps = [], int(real.sum())
-        flat = {name: x[real] for name, x in batch.items()}  # (S, ...)
+        unread = ("obs", "after", "next_x", "rewards", "values", "masks", "episodes")  # by PPO
+        flat = {name: x[real] for name, x in batch.items() if name not in unread}  # (S, ...)
         for epoch in range(args.update_epochs):
             splits = (torch.randperm(n, device=args.device).tensor_split(args.num_minibatches) for n in (num_steps, num_tasks))
             for mb_inds, mb_trials in zip(*splits, strict=True):
