@@ -13,7 +13,7 @@ x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from 
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
 where Q(s, a) = x(a)'m f(s), and sigma is the critic's standard deviation. w, m and d are matrices (K, F) on which C acts as on
-vectors, and <,> is their inner product. Rewards are divided by their root mean square. E[x(a')] is that of a softmax of Q /
+vectors, and <,> is their inner product. Rewards are in units of their size, and clipped. E[x(a')] is that of a softmax of Q /
 0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and absent after a terminal step. The
 critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), the actor a step of
 natural policy gradient from pi_theta. The critic looks a step or two ahead (0.4), the outer loop to the end of the trial. The
@@ -324,7 +324,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         next_q = torch.einsum("mkf,mf->mk", belief.mean, next_features)
         next_x = agent.critic_gamma * (1 - terminated[:, None]) * agent.expected_x(next_q)
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
-        belief.update(d, rewards / agent.reward_scale)
+        belief.update(d, (rewards / agent.reward_scale).clamp(-3, 3))  # rare ones may be far greater
         step = {"obs": obs, "after": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": values}
         batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
@@ -358,7 +358,7 @@ def critic_loss(agent, batch, mb_inds):
     prior_mean, prior_variance, noise = agent.prior()
     features, next_features = (agent.critic_features(agent.encode(mb[name])) for name in ("obs", "after"))
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
-    errors = mb["rewards"] / agent.reward_scale - torch.einsum("mlkf,kf->ml", d, prior_mean)
+    errors = (mb["rewards"] / agent.reward_scale).clamp(-3, 3) - torch.einsum("mlkf,kf->ml", d, prior_mean)
     covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT  # (M, L, L)
     diagonal = noise + 1e-5 * covariance.diagonal(dim1=-2, dim2=-1)  # as in `Posterior`
     factor = torch.linalg.cholesky(covariance + diagonal.diag_embed())

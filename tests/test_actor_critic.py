@@ -65,7 +65,7 @@ def rows(agent, batch):
     """d (L, M, K F), by the definition, and rewards in the critic's units."""
     f, next_f = (agent.critic_features(agent.encode(batch[name]))[..., None, :] for name in ("obs", "after"))
     d = agent.action_features(batch["actions"])[..., None] * f - batch["next_x"][..., None] * next_f
-    return d.flatten(2), batch["rewards"] / agent.reward_scale
+    return d.flatten(2), (batch["rewards"] / agent.reward_scale).clip(-3, 3)
 
 
 def test_posterior_is_batch_regression():
