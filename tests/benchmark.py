@@ -555,12 +555,13 @@ def report():
     tables = {"families": family_tables(), "trainings": training_commands()}
     tables |= {"defaults": seeds_table("defaults.csv", "script"), "ablation": seeds_table("ablation.csv", "switch")}
     rows = {(f"{row['name']}, {row['senses']}", row["adaptation"]): row for row in read("cross_modal.csv")}
-    rows = {
-        (f"{row['name']}, {row['adaptation']}", f"noise {row['noise']} slips {row['slips']}"): row
-        for row in read("uncertain.csv")
-    }
-    tables["uncertain"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
     tables["cross_modal"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
+    entries = {}
+    for row in read("uncertain.csv"):
+        setting = f"slips {row['slips']}" if row["slips"] != "0" else f"noise {row['noise']}"
+        if row["adaptation"] in ("0", "1", "3", "trial"):
+            entries[f"{row['name']}, {row['adaptation']}", setting] = show(row["mean_return"], row["stderr"])
+    tables["uncertain"] = table(entries)
     rows = {(f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"): row for row in read("probe.csv")}
     tables["probe"] = table({key: f"{float(row['accuracy']):.3f}" for key, row in rows.items()})
     for name in ("speed", "wall_times", "cost", "size"):
