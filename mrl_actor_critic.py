@@ -13,7 +13,7 @@ x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from 
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
 where Q(s, a) = x(a)'m f(s), and sigma is the critic's standard deviation. w, m and d are matrices (K, F) on which C acts as on
-vectors, and <,> is their inner product. Rewards are in units of their size, and clipped. E[x(a')] is that of a softmax of Q /
+vectors, and <,> is their inner product. Rewards are in units of their size, clipped at 3. E[x(a')] is that of a softmax of Q /
 0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and absent after a terminal step. The
 critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), the actor a step of
 natural policy gradient from pi_theta. The critic looks a step or two ahead (0.4), the outer loop to the end of the trial. The
