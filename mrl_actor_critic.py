@@ -179,7 +179,7 @@ class Agent(nn.Module):
         self.critic_gamma = 0.4
         K, F = self.action_dim + (not self.discrete), len(centres) + (0 if self.tabular else 1 + obs.shape[1])
         self.prior_mean, self.log_variance = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
-        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # where they are about 1
+        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # x(a), f(s) about 1
         self.prior_mean.data[rows, columns] = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # each step pays it
         self.log_noise_std = nn.Parameter(torch.tensor(0.5).log())
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
