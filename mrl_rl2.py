@@ -68,8 +68,8 @@ class Args:
     num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
     hidden_size: int = 128  # size of the GRU's hidden state, H
     init_as_memory: bool = True  # start the GRU as a memory of rewards, see Agent.init_as_memory
-    gamma: float = 0.97  # discount factor, over the whole trial
-    gae_lambda: float = 0.95  # lambda of generalized advantage estimation, over the whole trial
+    gamma: float = 0.95  # discount factor, over the whole trial
+    gae_lambda: float = 0.8  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches of whole trials in each epoch
     update_epochs: int = 4  # passes over the meta-batch in each iteration
     ent_coef: float = 0.02  # weight of the entropy at the start; it falls linearly to zero

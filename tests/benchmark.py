@@ -62,7 +62,7 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "VariedPendulum": ("varied_pendulum", "VariedPendulum-v0", 200),
 }
 MATRIX = tuple(FAMILIES)[:9]
-ON_A_GPU = "--device cuda --num-tasks 2048 --hidden-size 256 --learning-rate 0.001 --gamma 0.95 --gae-lambda 0.3"
+ON_A_GPU = "--device cuda --num-tasks 2048 --hidden-size 256 --learning-rate 0.001 --gae-lambda 0.3"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
