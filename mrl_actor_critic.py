@@ -69,7 +69,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 6_000_000  # environment steps of the training, evaluations not counted
+    total_timesteps: int = 6_000_000  # environment steps of training, without evaluations
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
@@ -153,8 +153,7 @@ for family in (TabularMDP,):
 
 # AGENT
 class Agent(nn.Module):
-    """The three meta parts, and PPO's baseline, an output of the meta-policy's network that is no part of the critic. What is
-    learned in a task is in `Posterior`."""
+    """The three meta parts, and PPO's baseline, another output of the meta-policy's network. A task's learner: `Posterior`."""
 
     def __init__(self, obs, rewards, action_space, args, saved=None):
         """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. Where
@@ -198,8 +197,7 @@ class Agent(nn.Module):
         self.log_temperature.requires_grad_(args.meta_policy)
 
     def prior(self):
-        """Mean and variances (K, F) of the critic's weights before any data of a task, and the variance of the noise, which
-        must not vanish where rewards have none."""
+        """Mean and variances (K, F) of the critic's weights before any data, and the variance of the noise, at least 1e-4."""
         return self.prior_mean, self.log_variance.exp(), (2 * self.log_noise_std).exp() + 1e-4
 
     def encode(self, obs):
@@ -238,9 +236,8 @@ class Agent(nn.Module):
 
     def forward(self, inputs, q, covariance, clock):
         """The actor of a task in closed form and the baseline (...), from `inputs` (..., I), q (..., K), which is Q of each
-        action, or Q at a = 0 and its gradient, the covariance of q (..., K, K), and the clock (..., 3). The exponential adds
-        to logits, and moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean (to first
-        order)."""
+        action, or Q at a = 0 and its gradient, its covariance (..., K, K), and the clock (..., 3). The exponential adds to
+        logits; to first order, it moves a Gaussian by std^2 / temperature times the gradient of Q + beta sigma at its mean."""
         outputs, temperature = self.network(inputs), self.log_temperature.exp()
         values, start = self.return_mean + self.return_std * outputs[..., -1], outputs[..., :-1] * self.meta_policy
         constant, by_episodes, by_steps = self.optimism * self.meta_action_selection
@@ -250,7 +247,7 @@ class Agent(nn.Module):
             sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
             return Categorical(logits=start + (q + beta * sigma) / temperature, validate_args=False), values
         start, log_std = start.chunk(2, -1)
-        std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
+        std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, however large a gradient step
         x = nn.functional.pad(start, (1, 0), value=1.0)
         slope = (covariance @ x[..., None]).squeeze(-1)  # sigma^2 = x' covariance x, so sigma has the gradient slope / sigma
         sigma = (x * slope).sum(-1, keepdim=True).clamp(min=1e-8).sqrt()
@@ -402,7 +399,7 @@ def evaluate(agent, envs, tasks, args):
 # PLUMBING: the same text in each script
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # in iteration 0, the last part of the seed is what is drawn
-NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags that are of this machine or command
+NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags of this machine or command
 
 
 def fail(message):
@@ -454,7 +451,7 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module, f"go to its folder and give {Path(module).stem}:{name}"
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
@@ -462,7 +459,7 @@ def make_envs(args, num_envs):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
-            assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
+            assert family_attribute(envs, attribute, fail) is not fail, f"it has no `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
@@ -588,7 +585,10 @@ if __name__ == "__main__":
         dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except RuntimeError:
+            fail(f"{path}: no agent for these flags")
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
@@ -686,5 +686,5 @@ if __name__ == "__main__":
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
     gain = numbered[-1] - numbered[0]
     score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
-    verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
-    print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+    verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
+    print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -10,9 +10,9 @@ them, plays E fresh episodes with the new weights, and so on, K times:
 
     theta_{k+1} = theta_k + shift_k + rate_k * sigma^2 * grad_theta mean_{e,t} log pi_theta(a_t | s_t) A_t
 
-where sigma is the deviation of a Gaussian policy, else 1. The shift is the same in every task: the policy may explore first
-and act precisely later. The outer loop learns theta_0 and the rate (Meta-SGD, Li et al. 2017) and shift of each weight and
-step. It maximises the return, averaged over what the K steps lead to, and so does not judge theta_0 itself,
+where sigma^2 is a Gaussian policy's mean variance (1 for log sigma itself, and for discrete actions). The shift is the same
+in every task: the policy may explore first and act precisely later. The outer loop learns theta_0, and the rate (Meta-SGD,
+Li et al. 2017) and shift of each weight and step. It maximises the mean return of theta_1 to theta_K, not that of theta_0,
 
     J(theta_0, rate, shift) = mean_task [ 1/K sum_k=1..K return of theta_k ]
 
@@ -64,7 +64,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "PointNav-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 6_000_000  # environment steps of the training, evaluations not counted
+    total_timesteps: int = 6_000_000  # environment steps of training, without evaluations
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 40  # number of held-out tasks, the same ones in each evaluation
@@ -264,7 +264,7 @@ def policy(weights, obs):
     params = (x @ weights["w2"]).add_(weights["b2"]).view(*obs.shape[:-1], -1)  # logits or means (..., A)
     if "log_std" not in weights:
         return Categorical(logits=params, validate_args=False)
-    std = weights["log_std"].clamp(-5, 2).exp()  # a step too long must neither freeze the policy nor blow it up
+    std = weights["log_std"].clamp(-5, 2).exp()  # too large a step must neither freeze the policy nor blow it up
     return Independent(Normal(params, std, validate_args=False), 1, validate_args=False)
 
 
@@ -320,7 +320,7 @@ def linear_values(obs, returns, masks, ridge=1e-5):
 def add_advantages(batch, args):
     """A task's batch with its advantages (T, E), of mean 0 and deviation 1, and the explained variance of its returns."""
     rewards, masks = batch["rewards"], batch["masks"]
-    returns = compute_gae(rewards, torch.zeros_like(rewards), masks, args.gamma, 1.0)  # values 0, lambda 1: what is to come
+    returns = compute_gae(rewards, torch.zeros_like(rewards), masks, args.gamma, 1.0)  # values 0, lambda 1: returns-to-go
     values = linear_values(batch["obs"], returns, masks)
     advantages = compute_gae(rewards, values, masks, args.gamma, args.gae_lambda)
     advantages = advantages - masked_mean(advantages, masks)
@@ -340,7 +340,7 @@ def inner_loss(weights, batch, args):
 
     log-prob  log pi A (Finn et al. 2017): treats the batch as fixed, although other weights would draw other actions.
     ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): reweights an action by its own probability, not by those before it.
-    dice      the same, times the ratios of all actions before it (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
+    dice      pi / pi.detach() A, times those of all actions before (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
     masks = batch["masks"]
     logprobs = policy(weights, batch["obs"]).log_prob(batch["actions"])  # (T, E)
     if args.inner_loss == "log-prob":
@@ -357,8 +357,7 @@ def inner_loss(weights, batch, args):
 def adapt(weights, inner_step, batch, args):
     """One inner step for one task: its weights, moved by the shift and against the gradient of the inner loss.
 
-    The gradient of a Gaussian's mean goes with 1 / sigma^2. Times the mean variance, one rate suits a learner that explores
-    and one that acts precisely."""
+    The gradient of a Gaussian's mean scales as 1 / sigma^2. Times the mean variance, one rate suits wide and narrow ones."""
     grads = grad(inner_loss)(weights, batch, args)
     if args.first_order:
         grads = {name: g.detach() for name, g in grads.items()}
@@ -370,7 +369,7 @@ def adapt(weights, inner_step, batch, args):
 
 def outer_loss(weights, batch, clip_coef=0.4):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) of one task's adapted weights on the batch that they played before
-    this iteration's updates, and what is only logged; means over the real steps, by name."""
+    this iteration's updates, and what is logged; means over the real steps, by name."""
     masks, advantages, pi = batch["masks"], batch["advantages"], policy(weights, batch["obs"])
     logratio = pi.log_prob(batch["actions"]) - batch["logprobs"]  # (T, E)
     ratio = logratio.exp()
@@ -423,7 +422,7 @@ def evaluate(agent, envs, tasks, args):
 # PLUMBING: the same text in each script
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # in iteration 0, the last part of the seed is what is drawn
-NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags that are of this machine or command
+NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags of this machine or command
 
 
 def fail(message):
@@ -475,7 +474,7 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module, f"go to its folder and give {Path(module).stem}:{name}"
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
@@ -483,7 +482,7 @@ def make_envs(args, num_envs):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
-            assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
+            assert family_attribute(envs, attribute, fail) is not fail, f"it has no `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
@@ -603,13 +602,16 @@ if __name__ == "__main__":
     args.num_tasks = args.num_tasks or int(np.clip(40_000 / task_steps, 8, 256)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks == 0:
-        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE} processes")
+        fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}")
     envs, eval_envs = (make_envs(args, n * args.num_episodes) for n in (num_tasks, args.eval_tasks))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except RuntimeError:
+            fail(f"{path}: no agent for these flags")
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
@@ -691,5 +693,5 @@ if __name__ == "__main__":
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
     gain = numbered[-1] - numbered[0]
     score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
-    verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
-    print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+    verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
+    print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

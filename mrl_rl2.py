@@ -9,9 +9,7 @@ A trial is E episodes of one task. In the inner loop, a GRU reads each observati
 action and reward, and whether it ended an episode. The hidden state is carried over from episode to episode; acting on it is
 the adaptation, without any gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
 
-    J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
-
-so advantages, too, run across the ends of episodes. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+    J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial, as advantages do
 
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
@@ -55,7 +53,7 @@ class Args:
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "GridNavi-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
-    total_timesteps: int = 6_000_000  # environment steps of the training, evaluations not counted
+    total_timesteps: int = 6_000_000  # environment steps of training, without evaluations
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
     eval_tasks: int = 200  # number of held-out tasks, the same ones in each evaluation
@@ -127,8 +125,8 @@ class GridNavi(TaskVectorEnv):
     goals = np.array([(x, y) for x in range(5) for y in range(5) if max(x, y) > 1])
     episodes_per_trial = 4
 
-    def __init__(self, num_envs=1, max_episode_steps=15):
-        super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5))
+    def __init__(self, num_envs=1):
+        super().__init__(num_envs, 15, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5))
 
     def sample_tasks(self, num_tasks, rng):
         return rng.choice(self.goals, num_tasks)
@@ -193,7 +191,7 @@ class Agent(nn.Module):
         for p in (self.gru.weight_hh_l0, self.gru.bias_hh_l0, self.gru.bias_ih_l0, keep, new):
             p.zero_()
         keep[:, code_dim:-2].normal_(std=5.0)  # the columns of the previous observation and action
-        keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # many dimensions or few: as selective
+        keep[:, code_dim : 2 * code_dim] /= code_dim**0.5  # as selective in any dimension
         self.gru.bias_ih_l0.chunk(3)[1].fill_(8.0)
         new[:, -2] = torch.randn(len(new)).sign() / 2  # the column of the reward
 
@@ -203,19 +201,18 @@ class Agent(nn.Module):
         self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt()  # 1 if there were none
 
     def make_input(self, obs, previous=None):
-        """The input (M, I), its observations still raw: observations (M, D) and the previous step, its (observations (M, D),
-        actions (M, ...), rewards (M), dones (M)), zeros at the start of a trial. After an episode's last step come its reward
-        and the first observation of the next episode: the GRU never reads an observation from which no action is taken."""
+        """The input (M, I), observations still raw: obs (M, D), and the previous step's (obs, actions, rewards (M), dones (M))
+        or zeros at the start of a trial. After an episode, obs is the next one's first: none is read that is not acted on."""
         if previous is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
-        previous_obs, actions, rewards, dones = previous
+        last_obs, actions, rewards, dones = previous
         actions = nn.functional.one_hot(actions, self.action_dim) if self.discrete else actions
-        return torch.cat([obs, previous_obs, actions, (rewards / self.reward_scale)[:, None], dones[:, None]], dim=-1)
+        rewards = (rewards / self.reward_scale).clamp(-10, 10)  # those that were rare at the start may be far greater
+        return torch.hstack([obs, last_obs, actions, rewards[:, None], dones[:, None]])
 
     def forward(self, inputs, hidden=None, real=None, segment=16):
         """Policy and values (S) at the `real` steps (L, M), by default all, of inputs (L, M, I), and the last hidden state
-        (1, M, H); `hidden` is the first. With `real`, trials must come longest first, and leave at the segment after their
-        end, which saves time (packing takes 2 to 7 times as long); gradients flow through all segments."""
+        (1, M, H); `hidden` is the first. With `real`, trials must come longest first; each leaves a segment after its end."""
         real = torch.ones_like(inputs[..., 0]).bool() if real is None else real
         obs, others = inputs.tensor_split([2 * self.obs_dim], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
@@ -223,7 +220,7 @@ class Agent(nn.Module):
         inputs, codes = torch.cat([codes.flatten(2), others], dim=-1), codes[:, :, 0][real]
         memory, hidden = [], inputs.new_zeros(1, inputs.shape[1], self.gru.hidden_size) if hidden is None else hidden
         for x, mask in zip(inputs.split(segment), real.split(segment), strict=True):
-            n = mask[0].sum()  # of trials that are still running
+            n = mask[0].sum()  # of trials that are still running; packing them takes 2 to 7 times as long
             h, hidden = self.gru(x[:, :n], hidden[:, :n])
             memory.append(h[mask[:, :n]])
         weights = self.hypernetwork(torch.cat(memory)).unflatten(-1, (self.out_dim, -1))  # (S, out_dim, code_dim + 1)
@@ -232,7 +229,7 @@ class Agent(nn.Module):
         if self.discrete:
             return Categorical(logits=params, validate_args=False), values, hidden
         mean, log_std = params.chunk(2, -1)
-        std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, whatever a gradient step too long may do
+        std = (log_std - 0.5).clamp(-5, 2).exp()  # 0.6 at the start; bounded, however large a gradient step
         return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), values, hidden
 
 
@@ -300,7 +297,7 @@ def episode_returns(batch, num_episodes):
 
 
 def evaluate(agent, envs, tasks, args):
-    """{1: returns (tasks) of episode 1, ..., "trial": of all}, with fixed random numbers; the likeliest discrete actions."""
+    """{1: returns (tasks) of episode or tenth 1, ..., "trial": of all}; fixed random numbers, argmax for discrete actions."""
     rng, num_episodes = seed_all(args.seed, 0, EVALUATION), int(family_attribute(envs, "episodes_per_trial", 2))
     repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
     batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
@@ -311,7 +308,7 @@ def evaluate(agent, envs, tasks, args):
 # PLUMBING: the same text in each script
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 HELDOUT_TASKS, TRAIN_TASKS, START, EVALUATION = range(4)  # in iteration 0, the last part of the seed is what is drawn
-NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags that are of this machine or command
+NOT_SAVED = {"device", "torch_threads", "runs_dir", "resume", "evaluate"}  # flags of this machine or command
 
 
 def fail(message):
@@ -363,7 +360,7 @@ def make_envs(args, num_envs):
     module, _, name = args.env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())  # where a family of your own may lie
     try:
-        assert "/" not in module, f"go to the folder of that file and give {Path(module).stem}:{name}"
+        assert "/" not in module, f"go to its folder and give {Path(module).stem}:{name}"
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
@@ -371,7 +368,7 @@ def make_envs(args, num_envs):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
-            assert family_attribute(envs, attribute, fail) is not fail, f"it has no attribute `{attribute}`"
+            assert family_attribute(envs, attribute, fail) is not fail, f"it has no `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
         assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
         assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
@@ -494,7 +491,10 @@ if __name__ == "__main__":
         dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except RuntimeError:
+            fail(f"{path}: no agent for these flags")
         optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, global_step, eval_rows = (checkpoint[name] for name in ("iteration", "global_step", "eval_rows"))
     run_name = f"{args.env_id.split(':')[-1]}__{args.exp_name}__{args.seed}__{time.time_ns()}"
@@ -585,5 +585,5 @@ if __name__ == "__main__":
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
     gain = numbered[-1] - numbered[0]
     score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
-    verdict = "helps" if score > 3 else "harms" if score < -3 else "makes no difference"
-    print(f"Adaptation {verdict}: the last return is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+    verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
+    print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -62,18 +62,20 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "VariedPendulum": ("varied_pendulum", "VariedPendulum-v0", 200),
 }
 MATRIX = tuple(FAMILIES)[:9]
-ON_A_GPU = "--device cuda --num-tasks 2048 --hidden-size 256 --learning-rate 0.001 --gae-lambda 0.3"
+ON_A_GPU = "--device cuda --hidden-size 256 --learning-rate 0.001"
+LARGE_BATCH = "--num-tasks 2048 --gae-lambda 0.3 --total-timesteps 39526400"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "", FIVE, ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
-    "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", f"{ON_A_GPU} --total-timesteps 39526400", (1,), "on an H100"),
+    "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", f"{ON_A_GPU} {LARGE_BATCH}", (1,), "on an H100"),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
     "rl2_cross_modal_apart": ("mrl_rl2", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, "never sees a switch"),
     "rl2_point_nav": ("mrl_rl2", "PointNav", "", FIVE, ""),
     "rl2_sparse_point_nav": ("mrl_rl2", "SparsePointNav", "", FIVE, ""),
     "rl2_dark_room": ("mrl_rl2", "DarkRoom", "", FIVE, ""),
+    "rl2_dark_room_long": ("mrl_rl2", "DarkRoom", ON_A_GPU + " --num-tasks 1024 --total-timesteps 25000000", (1,), "an H100"),
     "rl2_dark_key_to_door": ("mrl_rl2", "DarkKeyToDoor", "", FIVE, ""),
     "rl2_varied_pendulum": ("mrl_rl2", "VariedPendulum", "", FIVE, ""),
     "rl2_half_cheetah_dir": ("mrl_rl2", "HalfCheetahDir", "", THREE, ""),

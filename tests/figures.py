@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results"
 SCRIPTS = {"rl2": "RL²", "maml": "MAML", "actor_critic": "meta actor-critic"}
-NOT_COMPARED = {"seed", "device", "torch_threads", "runs_dir", "resume", "evaluate", "eval_every"}
+NOT_COMPARED = {"seed", "eval_every"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11})
 
@@ -59,14 +59,13 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], tag: str = "", out: Pat
     """Runs grouped by every argument that differs, a panel per task family: mean and standard error over seeds."""
     groups = defaultdict(lambda: defaultdict(list))  # family -> arguments -> runs
     for run in runs:
-        if not (run / "eval.csv").exists():
-            print(f"{run}: no eval.csv, left out")
+        if run.name.startswith("evaluate__") or not (run / "eval.csv").exists():
+            print(f"{run}: an evaluation, or no eval.csv: left out")
             continue
         args = json.loads((run / "args.json").read_text())
-        if not args["evaluate"]:
-            family = " ".join([args["env_id"].split(":")[-1], *(f"{k}={v}" for k, v in args["env_kwargs"].items())])
-            args = {k: str(v) for k, v in args.items() if k not in NOT_COMPARED | {"env_id", "env_kwargs"}}
-            groups[family][tuple(sorted(args.items()))].append(run)
+        family = " ".join([args["env_id"].split(":")[-1], *(f"{k}={v}" for k, v in args["env_kwargs"].items())])
+        args = {k: str(v) for k, v in args.items() if k not in NOT_COMPARED | {"env_id", "env_kwargs"}}
+        groups[family][tuple(sorted(args.items()))].append(run)
     figure, axes = panels(1, len(groups), 6, 4.2)
     for axis, (family, settings) in zip(axes, groups.items(), strict=True):
         for colour, (args, members) in zip(COLOURS * 9, settings.items(), strict=False):

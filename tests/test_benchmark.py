@@ -1,5 +1,9 @@
-"""What the experiments of benchmark.py measure with."""
+"""What the experiments of benchmark.py measure with, and the curves of figures.py."""
 
+import json
+
+import figures
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from benchmark import MovedGoal, NoisyMDP, linear_probe
@@ -38,3 +42,20 @@ def test_noise_and_slips_of_random_mdps():
         )
         np.testing.assert_allclose((rewards - means[taken]).std(), noise, atol=0.05)
         np.testing.assert_allclose(obs.mean(0), envs.tasks[0, 0, taken, :10].mean(0), atol=0.02)
+
+
+def test_curves_are_means_over_seeds_for_each_setting(tmp_path):
+    settings = {"a": (1, 0.1, 3.0), "b": (2, 0.1, 5.0), "c": (1, 0.2, 7.0), "evaluate__a": (1, 0.1, 99.0)}
+    for name, (seed, learning_rate, final) in settings.items():
+        (tmp_path / name).mkdir()
+        args = {"exp_name": "x", "env_id": "m:Side-v0", "env_kwargs": {}, "seed": seed, "learning_rate": learning_rate}
+        (tmp_path / name / "args.json").write_text(json.dumps(args))
+        rows = "10,heldout,1,0,0,9\n10,heldout,trial,1,0,9\n20,train,trial,50,0,9\n20,heldout,trial,"
+        text = f"global_step,split,adaptation,mean_return,stderr,num_tasks\n{rows}{final},0,9\n"
+        (tmp_path / name / "eval.csv").write_text(text)
+    (tmp_path / "empty").mkdir()
+    figures.curves(tuple(sorted(tmp_path.iterdir())), out=tmp_path / "curves.png")
+    [axis] = plt.gcf().axes
+    assert axis.get_title() == "Side-v0" and (tmp_path / "curves.png").stat().st_size > 0
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert lines == {"x learning_rate=0.1 (n = 2)": [[10, 1], [20, 4]], "x learning_rate=0.2 (n = 1)": [[10, 1], [20, 7]]}

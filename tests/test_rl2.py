@@ -147,6 +147,8 @@ def test_make_input_by_hand():
     assert agent.make_input(torch.tensor([[1.0, 2.0]])).tolist() == [[1, 2, 0, 0, 0, 0, 0, 0, 0]]
     last = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 6.0, 7.0]]), torch.tensor([8.0]), torch.tensor([1.0])
     assert agent.make_input(torch.tensor([[1.0, 2.0]]), last).tolist() == [[1, 2, 3, 4, 5, 6, 7, 2, 1]]
+    rare = *last[:2], torch.tensor([-800.0]), last[3]
+    assert agent.make_input(torch.tensor([[1.0, 2.0]]), rare)[0, 7] == -10  # not -200, which would saturate the GRU
 
 
 def test_units_are_fixed():
