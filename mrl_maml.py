@@ -83,7 +83,7 @@ class Args:
     first_order: bool = False  # leave out the second derivatives, for comparison
     hidden_size: int = 64  # units of the two tanh layers
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.97  # lambda of generalized advantage estimation
+    gae_lambda: float = 0.9  # lambda of generalized advantage estimation
     update_epochs: int = 5  # meta-updates with the episodes of an iteration
 
 
