@@ -319,7 +319,11 @@ def test_what_a_run_leaves_behind(script, trained):
     table = (run_dir.parents[1] / "stdout").read_text()
     for name, mean, stderr, _ in results(run_dir):
         assert f"{name:>12} {float(mean):10.3f} ± {float(stderr):.3f}" in table
-    assert re.search(r"^The return (rises|falls|stays level): ", table, flags=re.MULTILINE)
+    line = r"^The return (.*): the last is (.*) above the first, (.*) standard errors\.$"
+    [(verdict, gain, score)] = re.findall(line, table, flags=re.MULTILINE)
+    assert verdict == ("rises" if float(score) > 3 else "falls" if float(score) < -3 else "stays level")
+    means = [float(row[1]) for row in results(run_dir) if row[0] != "trial"]
+    assert float(gain) == pytest.approx(means[-1] - means[0], abs=2e-3)
 
 
 @both
