@@ -390,10 +390,10 @@ def episode_returns(batch, num_episodes):
 def evaluate(agent, envs, tasks, args):
     """{1: returns (tasks) of episode 1, ..., "trial": of all}, with fixed random numbers; the likeliest discrete actions."""
     rng, num_episodes = seed_all(args.seed, 0, EVALUATION), args.eval_episodes
-    repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs)]
-    batch = rollout(agent, envs, repeated, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
-    returns = episode_returns(batch, num_episodes)[:, : len(tasks)].cpu()
-    return dict(enumerate(returns, 1)) | {"trial": batch["rewards"].sum(0)[: len(tasks)].cpu()}
+    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs)]  # fixed training tasks may be fewer
+    batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
+    returns = episode_returns(batch, num_episodes).cpu()
+    return dict(enumerate(returns, 1)) | {"trial": batch["rewards"].sum(0).cpu()}
 
 
 # PLUMBING: the same text in each script
@@ -516,7 +516,7 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            stderr = x.std(correction=len(x) > 1).item() / len(x) ** 0.5
+            stderr = x.std().item() / len(x) ** 0.5
             rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"

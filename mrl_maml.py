@@ -414,9 +414,9 @@ def mean_returns(batches):
 def evaluate(agent, envs, tasks, args):
     """{number of adaptation steps: mean return of an episode (tasks)}, always with the same random numbers."""
     rng = seed_all(args.seed, 0, EVALUATION)
-    repeated = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]
-    batches = collect(agent, envs, repeated, args.eval_adapt_steps or args.adapt_steps, rng, args)
-    return dict(enumerate(mean_returns(batches)[:, : len(tasks)].cpu()))
+    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]  # fixed training tasks may be fewer
+    batches = collect(agent, envs, tasks, args.eval_adapt_steps or args.adapt_steps, rng, args)
+    return dict(enumerate(mean_returns(batches).cpu()))
 
 
 # PLUMBING: the same text in each script
@@ -539,7 +539,7 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            stderr = x.std(correction=len(x) > 1).item() / len(x) ** 0.5
+            stderr = x.std().item() / len(x) ** 0.5
             rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"

@@ -5,6 +5,7 @@
     python tests/benchmark.py defaults                # three scripts by all families, with default flags
     python tests/benchmark.py cross_modal             # what is learned through one sense, used through the other
     python tests/benchmark.py uncertain               # random MDPs with more or less noise than in the training
+    python tests/benchmark.py overfitting             # few training tasks, many, or always fresh ones
     python tests/benchmark.py ablation                # what single parts of the algorithms are worth
     python tests/benchmark.py speed                   # steps per second; `speed busy`: wall times on a busy machine
     python tests/benchmark.py cost                    # time and memory against tasks, episodes, steps and adaptation steps
@@ -233,6 +234,19 @@ def ablation(scripts: Names = tuple(SCRIPTS), jobs: int = 2):
             labels = {"script": script, "family": family, "switch": switch or "whole"}
             runs.append((labels, script, f"{env_flags(family, script)} {flags} {switch}", seed))
     train_all("ablation.csv", [run for run in runs if run[1] in scripts], jobs)
+
+
+def overfitting(scripts: Names = tuple(SCRIPTS), seeds: Seeds = (1,), jobs: int = 2):
+    """Returns on training and on held-out random MDPs against the number of training tasks -> overfitting.csv"""
+    runs, key = [], ["script", "num_train_tasks", "split", "seed"]
+    for seed, script, number in itertools.product(seeds, scripts, (1, 3, 10, 30, 100, 1000, 0)):
+        flags = f"--total-timesteps 1500000 --eval-tasks 1000 --eval-every 1000000 --num-train-tasks {number}"
+        labels = {"script": script, "num_train_tasks": number, "split": "heldout"}
+        runs.append((labels | {"family": "TabularMDP n=10"}, script, f"{env_flags('TabularMDP n=10', script)} {flags}", seed))
+    for row in train_all("overfitting.csv", runs, jobs):
+        [path] = RUNS.glob(f"{row['run']}/TabularMDP*/eval.csv")
+        *_, last = (training for training in csv.DictReader(path.open(newline="")) if training["split"] == "train")
+        store("overfitting.csv", [row | {name: last[name] for name in last if name in row}], key)
 
 
 def evaluate_stored(name, flags):
@@ -563,6 +577,12 @@ def report():
         if row["adaptation"] in ("0", "1", "3", "trial"):
             entries[f"{row['name']}, {row['adaptation']}", setting] = show(row["mean_return"], row["stderr"])
     tables["uncertain"] = table(entries)
+    groups = defaultdict(list)
+    for row in read("overfitting.csv"):
+        if row["adaptation"] == ("3" if row["script"] == "mrl_maml" else "trial"):
+            number = f"{row['num_train_tasks']} tasks" if row["num_train_tasks"] != "0" else "fresh tasks"
+            groups[f"{SCRIPTS[row['script']]}, {row['split']}", number].append(row)
+    tables["overfitting"] = table({key: mean_over_seeds(rows) for key, rows in sorted(groups.items())})
     rows = {(f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"): row for row in read("probe.csv")}
     tables["probe"] = table({key: f"{float(row['accuracy']):.3f}" for key, row in rows.items()})
     for name in ("speed", "wall_times", "cost", "size"):
@@ -575,7 +595,7 @@ def report():
     path.write_text("".join(parts))
 
 
-COMMANDS = train, evaluate, defaults, ablation, cross_modal, uncertain, speed, cost, size, report
+COMMANDS = train, evaluate, defaults, overfitting, ablation, cross_modal, uncertain, speed, cost, size, report
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
