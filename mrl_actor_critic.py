@@ -86,8 +86,8 @@ class Args:
     meta_action_selection: bool = True  # learn the optimism, or do without
     hidden_size: int = 64  # units of each of the two hidden layers, H
     num_features: int = 32  # greatest number of centres of the critic's features
-    gamma: float = 0.95  # discount factor, over the whole trial
-    gae_lambda: float = 0.8  # lambda of generalized advantage estimation, over the whole trial
+    gamma: float = 0.99  # discount factor, over the whole trial
+    gae_lambda: float = 0.97  # lambda of generalized advantage estimation, over the whole trial
     num_minibatches: int = 4  # minibatches in each epoch: of steps for PPO, of whole trials for the evidence
     update_epochs: int = 4  # passes over the meta-batch in each iteration
     ent_coef: float = 0.02  # weight of the entropy at the start; it falls linearly to zero

@@ -65,7 +65,7 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
 MATRIX = tuple(FAMILIES)[:9]
 ON_A_GPU = "--device cuda --hidden-size 256 --learning-rate 0.001"
 LARGE_BATCH = "--num-tasks 2048 --gae-lambda 0.3 --total-timesteps 39526400"
-SHORT = "--no-meta-policy --gamma 0.99 --gae-lambda 1 --total-timesteps 500000"
+SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "", FIVE, ""),
