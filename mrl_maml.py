@@ -691,7 +691,8 @@ if __name__ == "__main__":
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    gain = numbered[-1] - numbered[0]
-    score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
-    verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
-    print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+    if len(numbered) > 1:
+        gain = numbered[-1] - numbered[0]
+        score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
+        verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
+        print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

@@ -301,8 +301,7 @@ def evaluate(agent, envs, tasks, args):
     rng, num_episodes = seed_all(args.seed, 0, EVALUATION), int(family_attribute(envs, "episodes_per_trial", 2))
     tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs)]  # fixed training tasks may be fewer
     batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
-    returns = episode_returns(batch, num_episodes).cpu()
-    return dict(enumerate(returns, 1)) | {"trial": batch["rewards"].sum(0).cpu()}
+    return dict(enumerate(episode_returns(batch, num_episodes).cpu(), 1)) | {"trial": batch["rewards"].sum(0).cpu()}
 
 
 # PLUMBING: the same text in each script
@@ -583,7 +582,8 @@ if __name__ == "__main__":
     for name, x in results["heldout"].items():
         print(f"{name:>12} {x.mean():10.3f} ± {x.std() / len(x) ** 0.5:.3f}")
     numbered = [x for name, x in results["heldout"].items() if name != "trial"]
-    gain = numbered[-1] - numbered[0]
-    score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
-    verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
-    print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+    if len(numbered) > 1:
+        gain = numbered[-1] - numbered[0]
+        score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
+        verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
+        print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")

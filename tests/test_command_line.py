@@ -327,6 +327,13 @@ def test_what_a_run_leaves_behind(script, trained):
 
 
 @both
+def test_the_last_line_compares_two_episodes_or_is_absent(script, tmp_path):
+    train(script, f"{ARMS} --env-kwargs n 1 --total-timesteps 1", tmp_path)
+    text = (tmp_path / "stdout").read_text()
+    assert "5 held-out tasks" in text and ("The return" in text) == (script == "mrl_maml")
+
+
+@both
 def test_evaluate_plays_as_the_trained_agent_did(script, trained, tmp_path):
     """Trap 13: save, load, evaluate equals the last evaluation of the training to the last digit, as often as one likes."""
     run_dir = trained(script)
