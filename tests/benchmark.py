@@ -249,10 +249,10 @@ def overfitting(scripts: Names = tuple(SCRIPTS), seeds: Seeds = (1,), jobs: int 
         store("overfitting.csv", [row | {name: last[name] for name in last if name in row}], key)
 
 
-def evaluate_stored(name, flags):
-    """Rows of the evaluation of an agent of tests/results."""
+def evaluate_agent(name, path, flags):
+    """Rows of the evaluation of an agent of TRAININGS, whose checkpoint is at `path`."""
     with tempfile.TemporaryDirectory() as folder:
-        call(TRAININGS[name][0], f"--evaluate {RESULTS / name}.pt {flags}", folder)
+        call(TRAININGS[name][0], f"--evaluate {path} {flags}", folder)
         return evaluation(folder)
 
 
@@ -262,7 +262,7 @@ def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
     evaluations += [(name, "TabularMDP n=100", 1000, LONGER_TRIALS[name]) for name in LONGER_TRIALS if name in names]
     for name, family, num_tasks, flags in evaluations:
         if (RESULTS / f"{name}.pt").exists():
-            rows = evaluate_stored(name, f"--eval-tasks {num_tasks} {flags}")
+            rows = evaluate_agent(name, RESULTS / f"{name}.pt", f"--eval-tasks {num_tasks} {flags}")
             store("evaluations.csv", [{"name": name, "family": family} | row for row in rows], ["name", "family"])
 
 
@@ -292,15 +292,25 @@ class MovedGoal(mrl_rl2.CrossModalGridNavi):
         return result
 
 
-def cross_modal(num_tasks: int = 4000):
+def cross_modal(seeds: Seeds = FIVE, num_tasks: int = 4000):
     """Agents trained with and without switches between the senses, on patterns of senses, also with a goal that moves in the
     middle of the trial -> cross_modal.csv; the goal, read by a linear probe after two episodes -> probe.csv"""
-    for name in ("rl2_cross_modal", "rl2_cross_modal_apart"):
-        checkpoint = torch.load(RESULTS / f"{name}.pt", weights_only=True)
+    key, plain = ["name", "senses", "seed"], ("pppp", "vvvv", "ppvv", "vvpp")
+    names = ("rl2_cross_modal", "rl2_cross_modal_apart", "actor_critic_cross_modal")
+    for name, seed in itertools.product(names, seeds):
+        script, family, flags, _, _ = TRAININGS[name]
+        *_, trained = train_once(({"name": name}, script, f"{env_flags(family, script)} {flags}", seed))
+        [path] = RUNS.glob(f"{trained['run']}/*/checkpoint.pt")
+        if script != "mrl_rl2":
+            for senses in plain:
+                rows = evaluate_agent(name, path, f"--eval-tasks {num_tasks // 4} --env-kwargs senses {senses}")
+                store("cross_modal.csv", [{"name": name, "senses": senses, "seed": seed} | row for row in rows], key)
+            continue
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         agent = mrl_rl2.Agent(27, gym.spaces.Discrete(5), mrl_rl2.Args(**checkpoint["args"]))
         agent.load_state_dict(checkpoint["agent"])
         states = {}
-        patterns = [(senses, mrl_rl2.CrossModalGridNavi) for senses in ("pppp", "vvvv", "ppvv", "vvpp")]
+        patterns = [(senses, mrl_rl2.CrossModalGridNavi) for senses in plain]
         for senses, family in [*patterns, ("pppp", MovedGoal), ("ppvv", MovedGoal), ("vvpp", MovedGoal)]:
             envs = family(num_tasks, senses)
             tasks = envs.sample_tasks(num_tasks, mrl_rl2.seed_all(99))
@@ -309,23 +319,20 @@ def cross_modal(num_tasks: int = 4000):
             moved = " moved" * (family is MovedGoal)
             rows = []
             for k, x in {1: returns[0], 2: returns[1], 3: returns[2], 4: returns[3], "trial": returns.sum(0)}.items():
-                row = {"name": name, "senses": senses + moved, "env_steps": checkpoint["global_step"], "adaptation": k}
-                row |= {"mean_return": x.mean().item(), "stderr": x.std().item() / num_tasks**0.5, "num_tasks": num_tasks}
-                rows.append(row)
-            store("cross_modal.csv", rows, ["name", "senses"])
+                row = {"name": name, "senses": senses + moved, "seed": seed, "env_steps": checkpoint["global_step"]}
+                row |= {"adaptation": k, "mean_return": x.mean().item(), "stderr": x.std().item() / num_tasks**0.5}
+                rows.append(row | {"num_tasks": num_tasks})
+            store("cross_modal.csv", rows, key)
             with torch.no_grad():
                 states[senses[:2]] = agent(batch["inputs"][:30])[2][0]  # (N, H): two episodes of 15 steps
         goals, half = torch.tensor(tasks[:, 0] * 5 + tasks[:, 1]), num_tasks // 2
         centred = {senses: x - x.mean(0) for senses, x in states.items()}  # less what all goals have in common
-        for kind, trained, tested in itertools.product((states, centred), states, states):
-            logits = linear_probe(kind[trained][:half], goals[:half])
+        for kind, learned, tested in itertools.product((states, centred), states, states):
+            logits = linear_probe(kind[learned][:half], goals[:half])
             correct = (logits(kind[tested][half:]).argmax(-1) == goals[half:]).double()
-            row = {"name": name, "states": "centred" if kind is centred else "whole", "trained": trained, "tested": tested}
+            row = {"name": name, "states": "centred" if kind is centred else "whole", "trained": learned, "tested": tested}
+            row |= {"seed": seed}
             store("probe.csv", [row | {"accuracy": correct.mean().item(), "num_tasks": half}], [*row])
-    for senses, _ in patterns:
-        rows = evaluate_stored("actor_critic_cross_modal", f"--eval-tasks {num_tasks // 4} --env-kwargs senses {senses}")
-        rows = [{"name": "actor_critic_cross_modal", "senses": senses} | row for row in rows]
-        store("cross_modal.csv", rows, ["name", "senses"])
 
 
 class NoisyMDP(mrl_actor_critic.TabularMDP):
@@ -350,7 +357,7 @@ def uncertain():
     for name, num_tasks in (("rl2_tabular_mdp_n10", 4000), ("actor_critic_tabular_mdp", 4000), ("maml_tabular_mdp", 400)):
         for noise, slips in [*((noise, 0) for noise in (0, 0.5, 1, 2, 4)), *((1, slips) for slips in (0.1, 0.2, 0.3))]:
             family = f"--env-id benchmark:NoisyMDP-v0 --env-kwargs noise {noise} slips {slips}"
-            rows = evaluate_stored(name, f"{family} --eval-tasks {num_tasks}")
+            rows = evaluate_agent(name, RESULTS / f"{name}.pt", f"{family} --eval-tasks {num_tasks}")
             rows = [{"name": name, "noise": noise, "slips": slips} | row for row in rows]
             store("uncertain.csv", rows, ["name", "noise", "slips"])
 
@@ -569,8 +576,10 @@ def report():
     (ROOT / "README.md").write_text(f"{head}<!-- results -->\n{readme_table()}\n<!-- end -->{rest}")
     tables = {"families": family_tables(), "trainings": training_commands()}
     tables |= {"defaults": seeds_table("defaults.csv", "script"), "ablation": seeds_table("ablation.csv", "switch")}
-    rows = {(f"{row['name']}, {row['senses']}", row["adaptation"]): row for row in read("cross_modal.csv")}
-    tables["cross_modal"] = table({key: show(row["mean_return"], row["stderr"]) for key, row in rows.items()})
+    groups = defaultdict(list)
+    for row in read("cross_modal.csv"):
+        groups[f"{row['name']}, {row['senses']}", row["adaptation"]].append(row)
+    tables["cross_modal"] = table({key: mean_over_seeds(rows) for key, rows in groups.items()})
     entries = {}
     for row in read("uncertain.csv"):
         setting = f"slips {row['slips']}" if row["slips"] != "0" else f"noise {row['noise']}"
@@ -583,8 +592,10 @@ def report():
             number = f"{row['num_train_tasks']} tasks" if row["num_train_tasks"] != "0" else "fresh tasks"
             groups[f"{SCRIPTS[row['script']]}, {row['split']}", number].append(row)
     tables["overfitting"] = table({key: mean_over_seeds(rows) for key, rows in sorted(groups.items())})
-    rows = {(f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"): row for row in read("probe.csv")}
-    tables["probe"] = table({key: f"{float(row['accuracy']):.3f}" for key, row in rows.items()})
+    groups = defaultdict(list)
+    for row in read("probe.csv"):
+        groups[f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"].append(float(row["accuracy"]))
+    tables["probe"] = table({key: f"{statistics.mean(x):.3f}" for key, x in groups.items()})
     for name in ("speed", "wall_times", "cost", "size"):
         rows = read(f"{name}.csv") or [{}]
         tables[name] = markdown([rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)])

@@ -211,19 +211,23 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
 
 
 def cross_modal(out: Path = RESULTS / "cross_modal.png"):
-    """Return of each episode under patterns of senses, of agents trained with and without a switch (cross_modal.csv)."""
-    lines = defaultdict(lambda: defaultdict(list))
+    """Return of each episode under patterns of senses, of agents trained with and without a switch (cross_modal.csv): mean
+    and standard error over seeds."""
+    lines = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in read("cross_modal.csv"):
         if row["adaptation"] != "trial":
-            lines[row["name"]][row["senses"]].append(float(row["mean_return"]))
+            lines[row["name"]][row["senses"]][row["seed"]].append(float(row["mean_return"]))
     titles = {"rl2_cross_modal": "trained with switches", "rl2_cross_modal_apart": "trained without a switch"}
     figure, axes = panels(1, 2, 5, 3.4, sharey=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for senses, returns in lines[name].items():
+        for senses, by_seed in lines[name].items():
+            returns = np.array([*by_seed.values()])  # (seeds, 4)
+            stderr = returns.std(0, ddof=min(1, len(returns) - 1)) / len(returns) ** 0.5
             pattern, _, moved = senses.partition(" ")
             colour = COLOURS[("pppp", "vvvv", "ppvv", "vvpp").index(pattern)]
             label = f"{pattern}, the goal moves" if moved else pattern
-            axis.plot(range(1, 5), returns, "o--" if moved else "o-", color=colour, markersize=4, label=label)
+            style = "o--" if moved else "o-"
+            axis.errorbar(range(1, 5), returns.mean(0), stderr, fmt=style, color=colour, markersize=4, label=label)
         axis.axhline(11.071, color="0.4", linestyle=":", label="best possible, goal known")
         axis.set(title=title, xlabel="episode of the trial", xticks=range(1, 5), ylabel="return")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
