@@ -27,7 +27,7 @@ PPO's baseline is another output of pi_theta's network, not the critic. Like RLÂ
 policy; what it reads of them is stored, so that PPO and the evidence share no parameter. Read AGENT, ALGORITHM and TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
-    python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 100
+    python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --env-kwargs n 100
     python mrl_actor_critic.py --env-id mrl_rl2:GridNavi-v0            # any family of the other scripts, or your own
 
 Shapes: M trials in a meta-batch, E episodes a trial, L steps of the longest trial, D observation size, I input size of the
@@ -80,8 +80,7 @@ class Args:
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start (the critic's: 5 times); it falls linearly to zero
     num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
-    eval_episodes: int = 0  # episodes of a trial in evaluations (0: as many as in training)
-    meta_policy: bool = True  # learn pi_theta and the temperature, or do with a uniform pi_theta and 0.1
+    meta_policy: bool = True  # learn pi_theta and the temperature, or do with a fixed pi_theta and 0.1
     meta_value: bool = True  # learn the critic's features, prior and noise, or keep them as they are at the start
     meta_action_selection: bool = True  # learn the optimism, or do without
     hidden_size: int = 64  # units of each of the two hidden layers, H
@@ -388,9 +387,9 @@ def episode_returns(batch, num_episodes):
 
 
 def evaluate(agent, envs, tasks, args):
-    """{1: returns (tasks) of episode 1, ..., "trial": of all}, with fixed random numbers; the likeliest discrete actions."""
-    rng, num_episodes = seed_all(args.seed, 0, EVALUATION), args.eval_episodes
-    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs)]  # fixed training tasks may be fewer
+    """{1: returns (tasks) of episode or tenth 1, ..., "trial": of all}; fixed random numbers, argmax for discrete actions."""
+    rng, num_episodes = seed_all(args.seed, 0, EVALUATION), int(family_attribute(envs, "episodes_per_trial", 2))
+    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs)]  # training tasks may be fewer: they repeat
     batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
     return dict(enumerate(episode_returns(batch, num_episodes).cpu(), 1)) | {"trial": batch["rewards"].sum(0).cpu()}
 
@@ -500,7 +499,7 @@ def step_envs(envs, actions, tasks, step):
     """Steps all sub-environments with actions (N, ...) and resets those whose episode ends. Returns the observations (N, D) to
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
-    if step > 20_000:
+    if step >= 20_000:
         fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
     terminated, next_obs = np.array(terminated, dtype=bool), after.copy()
@@ -542,7 +541,7 @@ if __name__ == "__main__":
         args.env_kwargs = saved["env_kwargs"] | args.env_kwargs
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
-        ("seed num_train_tasks num_tasks eval_episodes learning_rate ent_coef", 0, 2**53),
+        ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
         ("torch_threads total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
@@ -565,7 +564,6 @@ if __name__ == "__main__":
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng, saved = seed_all(args.seed, 0, START), checkpoint and checkpoint["agent"]
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
-    args.eval_episodes = int(args.eval_episodes or num_episodes)
     blank = torch.zeros(1, *envs.single_observation_space.shape)
     agent = Agent(blank, blank[:, 0], envs.single_action_space, args)
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by an agent of one centre

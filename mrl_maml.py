@@ -414,7 +414,7 @@ def mean_returns(batches):
 def evaluate(agent, envs, tasks, args):
     """{number of adaptation steps: mean return of an episode (tasks)}, always with the same random numbers."""
     rng = seed_all(args.seed, 0, EVALUATION)
-    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]  # fixed training tasks may be fewer
+    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]  # training tasks may be fewer: repeat
     batches = collect(agent, envs, tasks, args.eval_adapt_steps or args.adapt_steps, rng, args)
     return dict(enumerate(mean_returns(batches).cpu()))
 
@@ -524,7 +524,7 @@ def step_envs(envs, actions, tasks, step):
     """Steps all sub-environments with actions (N, ...) and resets those whose episode ends. Returns the observations (N, D) to
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
-    if step > 20_000:
+    if step >= 20_000:
         fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
     terminated, next_obs = np.array(terminated, dtype=bool), after.copy()

@@ -212,7 +212,7 @@ class Agent(nn.Module):
 
     def forward(self, inputs, hidden=None, real=None, segment=16):
         """Policy and values (S) at the `real` steps (L, M), by default all, of inputs (L, M, I), and the last hidden state
-        (1, M, H); `hidden` is the first. With `real`, trials must come longest first; each leaves a segment after its end."""
+        (1, M, H); `hidden` is the first. With `real`, trials must come longest first: segments leave out those that ended."""
         real = torch.ones_like(inputs[..., 0]).bool() if real is None else real
         obs, others = inputs.tensor_split([2 * self.obs_dim], dim=-1)
         obs = (obs.unflatten(-1, (2, -1)) - self.obs_mean) / self.obs_std  # (L, M, 2, D): now, and a step before
@@ -299,7 +299,7 @@ def episode_returns(batch, num_episodes):
 def evaluate(agent, envs, tasks, args):
     """{1: returns (tasks) of episode or tenth 1, ..., "trial": of all}; fixed random numbers, argmax for discrete actions."""
     rng, num_episodes = seed_all(args.seed, 0, EVALUATION), int(family_attribute(envs, "episodes_per_trial", 2))
-    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs)]  # fixed training tasks may be fewer
+    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs)]  # training tasks may be fewer: they repeat
     batch = rollout(agent, envs, tasks, num_episodes, int(rng.integers(2**31)), explore=not agent.discrete)
     return dict(enumerate(episode_returns(batch, num_episodes).cpu(), 1)) | {"trial": batch["rewards"].sum(0).cpu()}
 
@@ -409,7 +409,7 @@ def step_envs(envs, actions, tasks, step):
     """Steps all sub-environments with actions (N, ...) and resets those whose episode ends. Returns the observations (N, D) to
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
-    if step > 20_000:
+    if step >= 20_000:
         fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
     terminated, next_obs = np.array(terminated, dtype=bool), after.copy()

@@ -363,9 +363,9 @@ def test_building_an_environment_changes_no_draw():
 
 
 def test_evaluation_longer_than_training():
-    agent, envs = make_agent(gym.spaces.Discrete(5), obs_dim=10), TabularMDP(4)
+    agent, envs = make_agent(gym.spaces.Discrete(5), obs_dim=10), TabularMDP(4, n=20)
     tasks = list(envs.sample_tasks(4, np.random.default_rng(0)))
-    results = script.evaluate(agent, envs, tasks, Args(eval_episodes=20))
+    results = script.evaluate(agent, envs, tasks, Args())
     assert [*results] == [*range(1, 11), "trial"] and all(len(x) == 4 for x in results.values())
     torch.testing.assert_close(sum(results[k] for k in range(1, 11)), results["trial"])
 

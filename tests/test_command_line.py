@@ -540,8 +540,8 @@ def test_what_a_family_returned_stays(script):
 def test_episodes_that_never_end(script, tmp_path):
     (tmp_path / "families.py").write_text(FAMILIES)
     text = (ROOT / f"{script}.py").read_text()
-    assert "step > 20_000" in text
-    (tmp_path / "impatient.py").write_text(text.replace("step > 20_000", "step > 200"))
+    assert "step >= 20_000" in text
+    (tmp_path / "impatient.py").write_text(text.replace("step >= 20_000", "step >= 200"))
     code, _, err = run(tmp_path / "impatient.py", f"{TINY[script]} --env-id families:Endless-v0", tmp_path)
     assert code == 2 and "steps; register it with max_episode_steps" in err and len(messages(err)) == 1, err
 
