@@ -292,11 +292,13 @@ class MovedGoal(mrl_rl2.CrossModalGridNavi):
         return result
 
 
-def cross_modal(seeds: Seeds = FIVE, num_tasks: int = 4000):
+SENSES = ("rl2_cross_modal", "rl2_cross_modal_apart", "actor_critic_cross_modal")
+
+
+def cross_modal(names: tyro.conf.Positional[Names] = SENSES, seeds: Seeds = FIVE, num_tasks: int = 4000):
     """Agents trained with and without switches between the senses, on patterns of senses, also with a goal that moves in the
     middle of the trial -> cross_modal.csv; the goal, read by a linear probe after two episodes -> probe.csv"""
     key, plain = ["name", "senses", "seed"], ("pppp", "vvvv", "ppvv", "vvpp")
-    names = ("rl2_cross_modal", "rl2_cross_modal_apart", "actor_critic_cross_modal")
     for name, seed in itertools.product(names, seeds):
         script, family, flags, _, _ = TRAININGS[name]
         *_, trained = train_once(({"name": name}, script, f"{env_flags(family, script)} {flags}", seed))
