@@ -414,7 +414,7 @@ def mean_returns(batches):
 def evaluate(agent, envs, tasks, args):
     """{number of adaptation steps: mean return of an episode (tasks)}, always with the same random numbers."""
     rng = seed_all(args.seed, 0, EVALUATION)
-    tasks = [tasks[i % len(tasks)] for i in range(envs.num_envs // args.num_episodes)]  # training tasks may be fewer: repeat
+    tasks = [tasks[i % len(tasks)] for i in range(args.eval_tasks)]  # training tasks may be fewer: they repeat
     batches = collect(agent, envs, tasks, args.eval_adapt_steps or args.adapt_steps, rng, args)
     return dict(enumerate(mean_returns(batches).cpu()))
 
@@ -593,17 +593,17 @@ if __name__ == "__main__":
     weights = {"params": [*agent.weights.values(), *agent.shifts.values()], "factor": 1}
     log_rates = {"params": [*agent.log_rates.values()], "factor": 10}  # a rate may have to change by orders of magnitude
     optimizer = torch.optim.Adam([weights, log_rates], eps=1e-5)
-    args.num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 20))
+    num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 20))
     batch = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)[0]  # by the untrained agent, one episode a task
     real = batch["masks"] > 0
     agent.set_units(batch["obs"][real])
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
-    task_steps = (args.adapt_steps + 1) * args.num_episodes * (limit or real.sum().item() / 32)
+    task_steps = (args.adapt_steps + 1) * num_episodes * (limit or real.sum().item() / 32)
     args.num_tasks = args.num_tasks or int(np.clip(40_000 / task_steps, 8, 256)) // WORLD_SIZE * WORLD_SIZE
     num_tasks = args.num_tasks // WORLD_SIZE  # of this process
     if args.num_tasks % WORLD_SIZE or num_tasks == 0:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}")
-    envs, eval_envs = (make_envs(args, n * args.num_episodes) for n in (num_tasks, args.eval_tasks))
+    envs, eval_envs = (make_envs(args, n * num_episodes) for n in (num_tasks, args.eval_tasks))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}

@@ -110,8 +110,9 @@ def play(name, num_tasks=None, tasks=None):
     checkpoint = torch.load(RESULTS / f"{name}.pt", weights_only=True)
     known = {field.name for field in fields(script.Args)}
     args = script.Args(**{key: value for key, value in checkpoint["args"].items() if key in known})
-    per_task = getattr(args, "num_episodes", 1)  # MAML plays several episodes of a task side by side
-    envs = Recorder(script.make_envs(args, (len(tasks) if tasks else args.num_tasks) * per_task))
+    args.eval_tasks = len(tasks) if tasks else args.num_tasks
+    per_task = 20 if script.__name__ == "mrl_maml" else 1  # MAML plays several episodes of a task side by side
+    envs = Recorder(script.make_envs(args, args.eval_tasks * per_task))
     space, obs_dim = envs.single_action_space, envs.single_observation_space.shape[0]
     if "actor" in name:
         agent = script.Agent(torch.zeros(1, obs_dim), torch.zeros(1), space, args, checkpoint["agent"])
@@ -119,7 +120,7 @@ def play(name, num_tasks=None, tasks=None):
         agent = script.Agent(obs_dim, space, args)
     agent.load_state_dict(checkpoint["agent"])
     if tasks is None:
-        tasks = script.sample_tasks(envs, args.num_tasks, script.seed_all(args.seed, 0, script.HELDOUT_TASKS))[:num_tasks]
+        tasks = script.sample_tasks(envs, args.eval_tasks, script.seed_all(args.seed, 0, script.HELDOUT_TASKS))[:num_tasks]
     returns = script.evaluate(agent, envs, tasks, args)
     paths = np.array([obs for obs in envs.rounds if len(obs) > 1])[:, :, ::per_task][:, :, : len(tasks)]
     return tasks, returns, paths

@@ -35,169 +35,6 @@ STEPS = {"mrl_rl2": 32, "mrl_maml": 16, "mrl_actor_critic": 32}  # of an iterati
 both = pytest.mark.parametrize("script", TINY)
 torch.set_num_threads(1)  # children are forked, so no thread pool may exist before
 
-FAMILIES = '''
-import os
-import gymnasium as gym
-import numpy as np
-
-class SetTask(gym.Env):
-    """Five steps; the action that is the task pays 1. The task arrives by a method, not by an attribute `task`."""
-    observation_space, action_space, side = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2), 0
-
-    def set_task(self, task):
-        self.side = task
-
-    def sample_tasks(self, num_tasks, rng):
-        return list(rng.integers(2, size=num_tasks))
-
-    def reward(self, action):
-        return float(action == self.task)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        assert action in self.action_space, action
-        self.t += 1
-        return np.zeros(1, np.float32), self.reward(action), False, self.t == 5, {}
-
-class Side(SetTask):
-    task = 0
-
-class Odd(Side):  # sample_tasks returns something else than asked
-    def __init__(self, what):
-        self.what = what
-
-    def sample_tasks(self, num_tasks, rng):
-        tasks = super().sample_tasks(num_tasks, rng)
-        return {"dict": {"side": tasks, "size": tasks}, "few": tasks[1:], "one": tasks[0], "text": "a" * num_tasks,
-                "global": np.random.random(num_tasks)}[self.what]
-
-class Drift(Side):  # changes its task in place
-    task = {"goal": 0}
-
-    def sample_tasks(self, num_tasks, rng):
-        return [{"goal": 0} for _ in range(num_tasks)]
-
-    def reset(self, **kwargs):
-        self.task["goal"] += 1
-        return super().reset(**kwargs)
-
-    def reward(self, action):
-        return float(self.task["goal"])
-
-class Switch(Side):
-    def __init__(self, sparse=True):
-        self.reward = lambda action: 1.0 if sparse else 2.0
-
-class Far(Side):
-    action_space, reward = gym.spaces.Box(10, 20, (1,)), lambda self, action: float(action[0])
-
-class Whole(Side):
-    action_space, reward = gym.spaces.Box(-2, 2, (1,), np.int64), lambda self, action: float(action[0])
-
-class ArrayReward(Side):
-    action_space, reward = gym.spaces.Box(-1, 1, (1,)), lambda self, action: -np.abs(action - self.task)
-
-class Ragged(Side):
-    def step(self, action):
-        obs, reward, *ends, _ = super().step(action)
-        return obs, reward, *ends, {"path": np.zeros((self.t, int(self.task) + 1))}
-
-class Numpy(Side):
-    episodes_per_trial = np.int64(3)
-
-class Places(Side):  # observations to be flattened, actions from 1
-    observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(3), b=Side.observation_space)
-    action_space = gym.spaces.Discrete(2, start=1)
-
-    def reset(self, **kwargs):
-        return {"a": 2, "b": super().reset(**kwargs)[0]}, {}
-
-    def step(self, action):
-        obs, *rest = super().step(action)
-        return {"a": 1, "b": obs}, *rest
-
-class Zeros(Side):
-    reward = lambda self, action: 0.0
-
-class Words(Side):
-    reward = lambda self, action: "much"
-
-class Pool(Side):  # tasks out of a pool that is drawn without a seed
-    def __init__(self):
-        self.pool = np.random.default_rng().random(99)
-
-    def sample_tasks(self, num_tasks, rng):
-        return list(rng.choice(self.pool, num_tasks))
-
-class Tensors(Side):  # equal ones differ when they are pickled
-    def sample_tasks(self, num_tasks, rng):
-        import torch
-        return [torch.tensor(x) for x in rng.integers(2, size=num_tasks)]
-
-class Blind(Side):
-    def reset(self, **kwargs):
-        return np.full(1, np.nan, np.float32), super().reset(**kwargs)[1]
-
-class Functions(Side):  # tasks that cannot be pickled
-    def sample_tasks(self, num_tasks, rng):
-        return [lambda action, side=side: float(action == side) for side in rng.integers(2, size=num_tasks)]
-
-    def reward(self, action):
-        return self.task(action)
-
-class Half(Side):
-    episodes_per_trial = 2.5
-
-class Buttons(Side):
-    action_space = gym.spaces.MultiBinary(2)
-
-class Needs(Side):
-    def __init__(self, size):
-        pass
-
-class Endless(Side):
-    def step(self, action):
-        return *super().step(action)[:3], False, {}
-
-class Breaks(Side):
-    """Raises, or pays NaN, after `limit` steps of the process `rank`; writes down all returns, and the task that paid NaN."""
-    steps = 0
-
-    def __init__(self, limit=10**9, nan=False, rank="0"):
-        self.limit, self.nan = limit if os.environ.get("RANK", "0") == str(rank) else 10**9, nan
-
-    def sample_tasks(self, num_tasks, rng):
-        return list(rng.random(num_tasks))
-
-    def reward(self, action):
-        Breaks.steps += 1
-        if Breaks.steps == self.limit:
-            if not self.nan:
-                raise RuntimeError("the simulator broke")
-            open("culprit", "w").write(repr(self.task))
-            return float("nan")
-        self.total = (self.t > 1 and self.total) + self.task * action + 1
-        if self.t == 5:
-            open("diary", "a").write(f"{self.total}\\n")
-        return self.task * action + 1
-
-class Auto(gym.vector.VectorEnv):
-    metadata, task = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}, []
-    single_observation_space, single_action_space, sample_tasks = Side.observation_space, Side.action_space, Side.sample_tasks
-
-    def __init__(self, num_envs=1):
-        self.num_envs = num_envs
-
-gym.register("Auto-v0", vector_entry_point=Auto)
-gym.register("Large-v0", entry_point=lambda: gym.wrappers.NormalizeObservation(Side()))
-for family in (SetTask, *SetTask.__subclasses__(), *Side.__subclasses__()):
-    gym.register(f"{family.__name__}-v0", entry_point=family)
-'''
-
 
 def child(path, argv, folder, env, encoding, stdout):
     """Runs the script as `python path argv` in `folder` does, inside a forked process, which saves importing torch."""
@@ -285,6 +122,11 @@ def results(run_dir, split="heldout"):
     return [row[2:] for row in rows if row[0] == rows[-1][0] and row[1] == split]
 
 
+@pytest.fixture(autouse=True)
+def families(tmp_path):
+    shutil.copy(ROOT / "tests/odd_families.py", tmp_path / "families.py")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The runs of 20 iterations on bandits that several tests look at, each made once: a function of the script's name."""
@@ -346,6 +188,12 @@ def test_evaluate_plays_as_the_trained_agent_did(script, trained, tmp_path):
     code, out, _ = run(script, f"--evaluate {run_dir}/checkpoint.pt --eval-tasks 7 --env-kwargs n 3", tmp_path)
     played = re.findall(r"^ +(\w+) .* ± ", out, flags=re.MULTILINE)  # all of a trial that is shorter than in the training
     assert code == 0 and "7 held-out tasks" in out and played == (["0", "1"] if script == "mrl_maml" else [*"123", "trial"])
+
+
+def test_the_number_of_episodes_follows_the_family_evaluated(tmp_path):
+    """MAML's default, 0, is kept as such, so that an agent evaluated on longer trials adapts on longer ones."""
+    run_dir = train("mrl_maml", f"{ARMS} --num-episodes 0 --total-timesteps 1", tmp_path)
+    assert checkpoint(run_dir)["args"]["num_episodes"] == 0 and checkpoint(run_dir)["global_step"] == 2 * STEPS["mrl_maml"]
 
 
 @both
@@ -416,7 +264,6 @@ def test_ascii_terminal_closed_pipe_and_two_runs_at_once(script, tmp_path):
 @both
 def test_training_and_heldout_tasks_are_disjoint(script, tmp_path):
     """Trap 11: with fixed training tasks, and with fresh ones. A copy of the script prints which are which."""
-    (tmp_path / "families.py").write_text(FAMILIES)
     text = (ROOT / f"{script}.py").read_text() + "    print('HELDOUT', *heldout_tasks)\n"
     place = "        rollout_time, start ="
     assert place in text
@@ -434,7 +281,6 @@ def test_training_and_heldout_tasks_are_disjoint(script, tmp_path):
 @both
 def test_logged_returns_equal_a_sum_by_hand(script, tmp_path):
     """Trap 14: the returns in the event file are those that the environment counted itself."""
-    (tmp_path / "families.py").write_text(FAMILIES)
     run_dir = train(script, "--env-id families:Breaks-v0 --total-timesteps 1 --eval-tasks 2", tmp_path)
     diary = [float(line) for line in (tmp_path / "diary").read_text().splitlines()]
     diary = diary[32 * (1 if script == "mrl_maml" else 2) :]  # after the untrained agent's 32 trials
@@ -461,7 +307,7 @@ GOOD = {  # flags, and what the held-out results must be
 @both
 @pytest.mark.parametrize("family", GOOD)
 def test_unusual_families_run(script, family, tmp_path):
-    (tmp_path / "test.py").write_text(FAMILIES)  # the name of a module of Python's own: the working folder goes first
+    (tmp_path / "families.py").rename(tmp_path / "test.py")  # a module of Python's own: the working folder goes first
     flags, right = GOOD[family]
     run_dir = train(script, f"--env-id test:{family} --total-timesteps 1 --eval-tasks 9 --num-train-tasks 1 {flags}", tmp_path)
     assert right(results(run_dir)) and {row[3] for row in results(run_dir)} == {"9"}
@@ -505,7 +351,6 @@ BAD = [  # flags, and what the one line must name
 
 @both
 def test_bad_input_is_one_line_and_nothing_created(script, tmp_path):
-    (tmp_path / "families.py").write_text(FAMILIES)
     for flags, named in BAD:
         argv = f"{TINY[script]} {'--eval-tasks 5' if '--env-id families' in flags else ARMS} {flags}"
         code, out, err = run(script, argv, tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
@@ -539,7 +384,6 @@ def test_what_a_family_returned_stays(script):
 
 @both
 def test_episodes_that_never_end(script, tmp_path):
-    (tmp_path / "families.py").write_text(FAMILIES)
     text = (ROOT / f"{script}.py").read_text()
     assert "step >= 20_000" in text
     (tmp_path / "impatient.py").write_text(text.replace("step >= 20_000", "step >= 200"))
@@ -584,7 +428,6 @@ def test_changed_copy_reads_the_checkpoints_of_its_original(script, trained, tmp
 @pytest.mark.parametrize("nan", [False, True])
 def test_a_family_that_breaks_midway(script, nan, tmp_path):
     """Its own traceback, or a line that names the task that paid NaN; and the command that goes on from the checkpoint."""
-    (tmp_path / "families.py").write_text(FAMILIES)
     argv = f"--env-id families:Breaks-v0 --env-kwargs limit 900 nan {nan} --eval-every 1000 --total-timesteps 1000000"
     code, _, err = run(script, f"{TINY[script]} {argv}", tmp_path)
     [path] = tmp_path.glob("runs/*/checkpoint.pt")
@@ -624,7 +467,6 @@ def test_two_processes_hold_the_same_weights(script, tmp_path):
 
 @both
 def test_a_fault_in_one_process_is_one_line(script, tmp_path):
-    (tmp_path / "families.py").write_text(FAMILIES)
     argv = "--env-id families:Breaks-v0 --env-kwargs limit 900 nan True rank 1 --total-timesteps 1000000"
     codes, errs = torchrun(script, f"{TINY[script]} {argv}", tmp_path)
     lines = [line for err in errs for line in messages(err)]
