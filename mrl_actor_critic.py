@@ -13,18 +13,19 @@ x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from 
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
 where Q(s, a) = x(a)'m f(s), and sigma is the critic's standard deviation. w, m and d are matrices (K, F) on which C acts as on
-vectors, and <,> is their inner product. Rewards are in units of their size, clipped at 3. E[x(a')] is that of a softmax of Q /
-0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and absent after a terminal step. The
-critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), the actor a step of
-natural policy gradient from pi_theta. The critic looks a step or two ahead (0.4), the outer loop to the end of the trial. The
-outer loop learns what guides the learner:
+vectors, and <,> is their inner product. Rewards are in units of their RMS, clipped to ±3. E[x(a')] is not the actor's, but
+that of a softmax of Q / 0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and absent after a
+terminal step. The critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), with
+discount 0.4, the actor a step of natural policy gradient from pi_theta. The outer loop, which looks to the end of the trial,
+learns what guides the learner:
 
     meta-policy              pi_theta and the temperature       by PPO, for the discounted return of the trial
     meta action selection    the optimism beta                  by PPO, for the discounted return of the trial
     meta-value function      f, n, and m and C at the start     by the evidence log p(r_1, ..., r_L | states, actions)
 
 PPO's baseline is another output of pi_theta's network, not the critic. Like RL²'s hidden state, m and C are the memory of the
-policy; what it reads of them is stored, so that PPO and the evidence share no parameter. Read AGENT, ALGORITHM and TRAINING.
+policy; what it reads of them is stored, so PPO and the evidence share only the clipping of gradients. Read AGENT, ALGORITHM
+and TRAINING.
 
     python mrl_actor_critic.py                                         # random MDPs, 10 episodes a trial
     python mrl_actor_critic.py --evaluate runs/<run>/checkpoint.pt --env-kwargs n 100
@@ -80,9 +81,9 @@ class Args:
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start (the critic's: 5 times); it falls linearly to zero
     num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
-    meta_policy: bool = True  # learn pi_theta and the temperature, or do with a fixed pi_theta and 0.1
-    meta_value: bool = True  # learn the critic's features, prior and noise, or keep them as they are at the start
-    meta_action_selection: bool = True  # learn the optimism, or do without
+    meta_policy: bool = True  # learn pi_theta and the temperature (else a uniform pi_theta and 0.1)
+    meta_value: bool = True  # learn the critic's features, prior and noise (else they stay as they are at the start)
+    meta_action_selection: bool = True  # learn the optimism (else it is 0)
     hidden_size: int = 64  # units of each of the two hidden layers, H
     num_features: int = 32  # greatest number of centres of the critic's features
     gamma: float = 0.99  # discount factor, over the whole trial
@@ -155,8 +156,8 @@ class Agent(nn.Module):
     """The three meta parts, and PPO's baseline, another output of the meta-policy's network. A task's learner: `Posterior`."""
 
     def __init__(self, obs, rewards, action_space, args, saved=None):
-        """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. Where
-        they lead to another number of centres than a `saved` state has, which is loaded later, that one counts."""
+        """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. With a
+        `saved` state, which is loaded later, there are as many centres as it has."""
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
@@ -177,8 +178,8 @@ class Agent(nn.Module):
         self.critic_gamma = 0.4
         K, F = self.action_dim + (not self.discrete), len(centres) + (0 if self.tabular else 1 + obs.shape[1])
         self.prior_mean, self.log_variance = nn.Parameter(torch.zeros(K, F)), nn.Parameter(torch.zeros(K, F))
-        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # x(a), f(s) about 1
-        self.prior_mean.data[rows, columns] = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # each step pays it
+        rows, columns = slice(None) if self.discrete else 0, slice(None) if self.tabular else 0  # their x(a)' f(s) sum to ~ 1
+        self.prior_mean.data[rows, columns] = rewards.mean() / self.reward_scale / (1 - self.critic_gamma)  # as each step pays
         self.log_noise_std = nn.Parameter(torch.tensor(0.5).log())
         # Meta-policy: where the actor of each task starts, and how far it goes from there.
         inputs, H = 3 * obs.shape[1] + F + 2 * K * F + 2 * K + 3, args.hidden_size  # see `make_input`
@@ -205,7 +206,7 @@ class Agent(nn.Module):
     def critic_features(self, obs):
         """f(s) (..., F), s encoded: roots of a softmax of nearness to the centres; unless tabular, after 1 and s / 3."""
         squares = (obs[..., None, :] - self.centres).square().sum(-1)
-        near = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()  # a root, finite in its gradient
+        near = (-squares * (-2 * self.log_width).exp()).log_softmax(-1).div(2).exp()  # a root, without 0 / 0 in its gradient
         return near if self.tabular else torch.cat([torch.ones_like(obs[..., :1]), obs / 3, near], dim=-1)
 
     def action_features(self, actions):
@@ -221,8 +222,8 @@ class Agent(nn.Module):
         return nn.functional.pad((q[..., 1:] / 0.5).clamp(-1, 1), (1, 0), value=1.0)
 
     def make_input(self, obs, features, belief, q, covariance, clock):
-        """What the network reads (M, I): the encoded observation, its features, what was learned of the weights, and how
-        surely, Q and its deviation, the clock, and the ways to the centres of highest value and highest value + deviation."""
+        """What the network reads (M, I): the encoded observation, its features, what was learned of the weights, and how well
+        they are known, Q and its deviation, the clock, and the ways to the centres of highest value and highest optimism."""
         learned = (belief.mean - belief.prior_mean).flatten(1)
         known = 1 - (belief.variance / belief.prior_variance).flatten(1)
         sigma = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-8).sqrt()
@@ -320,7 +321,7 @@ def rollout(agent, envs, tasks, num_episodes, seed, explore=True):
         next_q = torch.einsum("mkf,mf->mk", belief.mean, next_features)
         next_x = agent.critic_gamma * (1 - terminated[:, None]) * agent.expected_x(next_q)
         d = differences(agent.action_features(actions), features, next_x, next_features, masks)
-        belief.update(d, (rewards / agent.reward_scale).clamp(-3, 3))  # rare ones may be far greater
+        belief.update(d, (rewards / agent.reward_scale).clamp(-3, 3))  # those that were rare at the start may be far greater
         step = {"obs": obs, "after": after, "actions": actions, "inputs": inputs, "q": q, "covariance": covariance}
         step |= {"next_x": next_x, "clock": clock, "logprobs": policy.log_prob(actions), "values": values}
         batch.append(step | {"rewards": rewards * masks, "masks": masks, "episodes": episodes})
@@ -356,7 +357,7 @@ def critic_loss(agent, batch, mb_inds):
     d = differences(agent.action_features(mb["actions"]), features, mb["next_x"], next_features, mb["masks"])
     errors = (mb["rewards"] / agent.reward_scale).clamp(-3, 3) - torch.einsum("mlkf,kf->ml", d, prior_mean)
     covariance = (d * prior_variance).flatten(2) @ d.flatten(2).mT  # (M, L, L)
-    diagonal = noise + 1e-5 * covariance.diagonal(dim1=-2, dim2=-1)  # as in `Posterior`
+    diagonal = noise + 1e-5 * covariance.diagonal(dim1=-2, dim2=-1)  # as the least in `Posterior`
     factor = torch.linalg.cholesky(covariance + diagonal.diag_embed())
     errors = torch.linalg.solve_triangular(factor, errors[..., None], upper=False).squeeze(-1)
     losses = errors**2 / 2 + factor.diagonal(dim1=-2, dim2=-1).log()
@@ -566,7 +567,7 @@ if __name__ == "__main__":
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     blank = torch.zeros(1, *envs.single_observation_space.shape)
     agent = Agent(blank, blank[:, 0], envs.single_action_space, args)
-    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by an agent of one centre
+    batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by an untrained agent of one centre
     real = batch["masks"] > 0
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args, saved).to(args.device)
     others = [p for p in agent.parameters() if all(p is not x for x in agent.critic_parameters)]
@@ -621,8 +622,8 @@ if __name__ == "__main__":
         rollout_time, start = time.time() - start, time.time()
 
         losses, num_steps = [], int(real.sum())
-        unread = ("obs", "after", "next_x", "rewards", "values", "masks", "episodes")  # by PPO
-        flat = {name: x[real] for name, x in batch.items() if name not in unread}  # (S, ...)
+        not_for_ppo = ("obs", "after", "next_x", "rewards", "values", "masks", "episodes")
+        flat = {name: x[real] for name, x in batch.items() if name not in not_for_ppo}  # (S, ...)
         for epoch in range(args.update_epochs):
             splits = (torch.randperm(n, device=args.device).tensor_split(args.num_minibatches) for n in (num_steps, num_tasks))
             for mb_inds, mb_trials in zip(*splits, strict=True):
@@ -645,8 +646,8 @@ if __name__ == "__main__":
         average(steps, by_episode)
         steps = round(steps.item() * WORLD_SIZE)
         global_step += steps
-        progress.update(steps)
         progress.set_postfix(pre=f"{by_episode[0]:.2f}", post=f"{by_episode[-1]:.2f}", refresh=False)
+        progress.update(steps)
         if RANK > 0:
             continue
         scalars = {f"losses/{name}": torch.stack([x[name] for x in losses if name in x]).mean() for name in losses[0]}

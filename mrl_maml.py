@@ -16,16 +16,17 @@ Li et al. 2017) and shift of each weight and step. It maximises the mean return 
 
     J(theta_0, rate, shift) = mean_task [ 1/K sum_k=1..K return of theta_k ]
 
-by PPO (as ProMP, Rothfuss et al. 2019, without its KL penalty), with a gradient that runs through all steps and their second
-derivatives (see `inner_loss`). The critic is a new least-squares fit in each task and batch, and has no weights to learn.
+by PPO (as ProMP, Rothfuss et al. 2019, without its KL penalty), with advantages normalised in each task, and a gradient
+through all steps and their second derivatives (see `inner_loss`) that, as in the paper, gives no credit for episodes from
+which later steps learn more. The critic is a new least-squares fit in each task and batch, and has no weights to learn.
 
     python mrl_maml.py                                                 # PointNav: go to a hidden goal
     python mrl_maml.py --env-id mrl_actor_critic:TabularMDP-v0         # a family of another script, or your own
     python mrl_maml.py --evaluate runs/<run>/checkpoint.pt             # held-out tasks
 
-Shapes: M tasks in a meta-batch, E episodes a task and step, T steps an episode, N = M * E sub-environments, K adaptation
+Shapes: M tasks in a meta-batch, E episodes per task and step, T steps an episode, N = M * E sub-environments, K adaptation
 steps, D observation size, A action size, F features of the critic, S real steps of all episodes. A function whose shapes lack
-M handles one task: `torch.func.vmap` runs it for all at once. The algorithm is # AGENT, # ALGORITHM and # TRAINING.
+M handles one task: `torch.func.vmap` runs it for all at once. Read AGENT, ALGORITHM and TRAINING.
 """
 
 import copy
@@ -77,8 +78,8 @@ class Args:
     num_tasks: int = 0  # tasks in a meta-batch, M (0: 40,000 environment steps, but 8 to 256 tasks)
     num_episodes: int = 0  # episodes before each adaptation step and after the last, E (0: a trial of the family, or 20)
     adapt_steps: int = 3  # adaptation steps in the training, K
-    eval_adapt_steps: int = 0  # in evaluations (0: as in training); further steps repeat the last one, without its shift
-    inner_lr: float = 1.0  # rate of the inner steps at the start, in units of `adapt` (with discrete actions, times A)
+    eval_adapt_steps: int = 0  # in evaluations (0: as in training); further ones repeat the last rates, without shift
+    inner_lr: float = 1.0  # rate of the inner steps at the start, times sigma^2 (with discrete actions, times A)
     inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"  # terms of the meta-gradient that are kept, see `inner_loss`
     first_order: bool = False  # leave out the second derivatives, for comparison
     hidden_size: int = 64  # units of the two tanh layers
@@ -232,11 +233,11 @@ class Agent(nn.Module):
             weights[f"b{i}"] = torch.zeros(1, sizes[i + 1])
         if not self.discrete:
             weights["log_std"] = torch.zeros(1, action_dim)
-        # Near uniform, a logit moves its probability by less than 1/A of its change: all rates are A times as large.
+        # Near uniform, dp / dlogit = p (1 - p) is about 1 / A: all rates are A times as large.
         log_rate = float(np.log(args.inner_lr * (action_dim if self.discrete else 1)))
         log_rates = {name: torch.full((args.adapt_steps, *w.shape), log_rate) for name, w in weights.items()}
         shifts = {name: torch.zeros(args.adapt_steps, *w.shape) for name, w in weights.items()}
-        if not self.discrete:  # explore widely before the first step, less after each
+        if not self.discrete:  # log_std falls by 1, 0.3, 0.09: wide before the first step
             shifts["log_std"] -= 0.3 ** torch.arange(args.adapt_steps)[:, None, None]
         self.weights, self.log_rates, self.shifts = map(nn.ParameterDict, (weights, log_rates, shifts))
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
@@ -340,7 +341,7 @@ def inner_loss(weights, batch, args):
 
     log-prob  log pi A (Finn et al. 2017): treats the batch as fixed, although other weights would draw other actions.
     ratio     pi / pi_old A (LVC, Rothfuss et al. 2019): reweights an action by its own probability, not by those before it.
-    dice      pi / pi.detach() A, times those of all actions before (Foerster et al. 2018, Farquhar et al. 2019): all terms."""
+    dice      pi / pi.detach() A, times those of all actions before (Foerster et al. 2018, Farquhar et al. 2019): unbiased."""
     masks = batch["masks"]
     logprobs = policy(weights, batch["obs"]).log_prob(batch["actions"])  # (T, E)
     if args.inner_loss == "log-prob":
@@ -656,8 +657,8 @@ if __name__ == "__main__":
         average(steps, by_step)
         steps = round(steps.item() * WORLD_SIZE)
         global_step += steps
-        progress.update(steps)
         progress.set_postfix(pre=f"{by_step[0]:.2f}", post=f"{by_step[-1]:.2f}", refresh=False)
+        progress.update(steps)
         if RANK > 0:
             continue
         scalars = {f"losses/{name}": torch.stack([x[name] for x in losses]).mean() for name in losses[0]}

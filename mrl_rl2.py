@@ -5,7 +5,7 @@
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
-A trial is E episodes of one task. In the inner loop, a GRU reads each observation and the step before it: its observation,
+A trial is E episodes of one task. In the inner loop, a GRU reads each observation and the last step: its observation,
 action and reward, and whether it ended an episode. The hidden state is carried over from episode to episode; acting on it is
 the adaptation, without any gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
 
@@ -167,7 +167,7 @@ for family in (Bandit, GridNavi, CrossModalGridNavi):
 
 # AGENT
 class Agent(nn.Module):
-    """A GRU reads the trial, and gives the weights of a linear actor and critic (a hypernetwork, Beck et al. 2023)."""
+    """A GRU reads the trial and gives the weights of a linear actor and critic (a hypernetwork, Beck et al. 2023)."""
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
@@ -177,7 +177,7 @@ class Agent(nn.Module):
         self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
         self.out_dim = self.action_dim * (1 if self.discrete else 2) + 1  # logits, or means and log deviations; the value
         self.hypernetwork = nn.Linear(args.hidden_size, self.out_dim * (code_dim + 1))
-        nn.init.orthogonal_(self.hypernetwork.weight, 0.01)  # so the bias is the first actor and critic
+        nn.init.orthogonal_(self.hypernetwork.weight, 0.01)  # so that at first the bias alone is actor and critic
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
         self.reward_scale, self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (1.0, 0.0, 1.0))
         if args.init_as_memory:
@@ -546,8 +546,8 @@ if __name__ == "__main__":
         average(steps, by_episode)
         steps = round(steps.item() * WORLD_SIZE)
         global_step += steps
-        progress.update(steps)
         progress.set_postfix(pre=f"{by_episode[0]:.2f}", post=f"{by_episode[-1]:.2f}", refresh=False)
+        progress.update(steps)
         if RANK > 0:
             continue
         scalars = {f"losses/{name}": torch.stack([x[name] for x in losses]).mean() for name in losses[0]}

@@ -7,6 +7,7 @@ python tests/figures.py sweep
 python tests/figures.py trajectories
 python tests/figures.py adaptation
 python tests/figures.py cross_modal
+python tests/figures.py defaults
 """
 
 import csv
@@ -235,7 +236,41 @@ def cross_modal(out: Path = RESULTS / "cross_modal.png"):
     figure.savefig(out, dpi=130)
 
 
-COMMANDS = curves, grid_navi, sweep, trajectories, adaptation, cross_modal
+LEVELS = {  # return of an episode (bandits: of a tenth of the trial) of the best policy without and with knowledge of the task
+    "Bandit k=5 n=10": (0.5, 5 / 6),
+    "Bandit k=5 n=100": (5, 50 / 6),
+    "TabularMDP n=10": (10, 21.83),
+    "GridNavi": (-0.767, 11.071),
+    "CrossModalGridNavi": (-0.767, 11.071),
+    "PointNav": (-38.26, -0.51),
+    "SparsePointNav": (6.27, 53.38),
+    "CartPole": (0, 200),  # all that there is, since the best policy that knows nothing has not been computed
+}
+
+
+def defaults(out: Path = RESULTS / "defaults.png"):
+    """Share of what knowing the task is worth that each script gets with default flags in the last episode (defaults.csv)."""
+    groups = defaultdict(list)
+    for row in read("defaults.csv"):
+        if row["adaptation"] != "trial" and row["family"] in LEVELS:
+            groups[row["script"].removeprefix("mrl_"), row["family"], int(row["adaptation"])].append(float(row["mean_return"]))
+    figure, [axis] = panels(1, 1, 10, 3.4)
+    for i, (key, script) in enumerate(SCRIPTS.items()):
+        axis.bar(0, 0, color=COLOURS[i], label=script)
+        for j, (family, (blind, known)) in enumerate(LEVELS.items()):
+            last = max((k for s, f, k in groups if (s, f) == (key, family)), default=None)
+            if last is not None:
+                shares = (np.array(groups[key, family, last]) - blind) / (known - blind)
+                error = shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else None
+                axis.bar(j + 0.27 * (i - 1), shares.mean(), 0.25, yerr=error, color=COLOURS[i])
+    axis.axhline(1, color="0.4", linestyle=":")
+    axis.set_xticks(range(len(LEVELS)), [family.replace(" ", "\n", 1) for family in LEVELS], fontsize=8)
+    axis.set(ylabel="share of the gain from\nknowing the task", ylim=(0, 1.05))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(out, dpi=130)
+
+
+COMMANDS = curves, grid_navi, sweep, trajectories, adaptation, cross_modal, defaults
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in COMMANDS})
