@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0", "numpy==2.4.6",
-#                 "tqdm==4.70.1"]
+# dependencies=["torch==2.13.0","gymnasium[mujoco]==1.4.0","tyro==1.0.17","tensorboard==2.21.0","numpy==2.4.6","tqdm==4.70.1"]
 # ///
 """The meta actor-critic: a meta-policy, a meta-value function and a meta action selection guide an actor-critic in each task.
 
@@ -55,6 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
+from gymnasium.spaces import Box, Discrete
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -108,7 +108,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         if mask.all():
             self.tasks = np.array(self.task)
         self.steps[mask], self.state[mask] = 0, 0
@@ -129,7 +129,7 @@ class TabularMDP(TaskVectorEnv):
 
     def __init__(self, num_envs=1, max_episode_steps=10, n=10):
         self.episodes_per_trial = n
-        super().__init__(num_envs, max_episode_steps, gym.spaces.Box(0, 1, (10,)), gym.spaces.Discrete(5))
+        super().__init__(num_envs, max_episode_steps, Box(0, 1, (10,)), Discrete(5))
         self.state = np.zeros(num_envs, dtype=np.int64)
 
     def sample_tasks(self, num_tasks, rng):
@@ -159,11 +159,11 @@ class Agent(nn.Module):
         """Observations (S, D) and rewards (S) of an untrained agent fix the units, and start the centres and the prior. With a
         `saved` state, which is loaded later, there are as many centres as it has."""
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.discrete = isinstance(action_space, Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
         self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(obs.std(0, correction=0).clamp(min=0.1))
         self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt())  # 1 if there were none
-        self.return_mean, self.return_std = (nn.Buffer(torch.tensor(x)) for x in (0.0, 1.0))
+        self.return_mean, self.return_std = nn.Buffer(torch.tensor(0.0)), nn.Buffer(self.reward_scale.clone())
         # Meta-value function: centres, each the farthest from those before it; the prior of the weights; the noise.
         obs, centres = self.encode(obs), []
         distances = torch.full_like(obs[:, 0], torch.inf)  # to the nearest centre
@@ -172,7 +172,7 @@ class Agent(nn.Module):
             centres.append(obs[distances.argmax()])
             distances = distances.minimum((obs - centres[-1]).norm(dim=-1))
         self.tabular = bool(distances.max() <= 0.01)  # every observation so far is a centre
-        if saved:
+        if {"centres", "prior_mean"} <= (saved or {}).keys():
             centres, self.tabular = [*saved["centres"]], saved["prior_mean"].shape[1] == len(saved["centres"])
         self.centres, self.log_width = nn.Parameter(torch.stack(centres)), nn.Parameter((0.4 * spacing).log())
         self.critic_gamma = 0.4
@@ -454,16 +454,15 @@ def make_envs(args, num_envs):
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
-        space = envs.single_observation_space
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        if not isinstance(space := envs.single_observation_space, Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
-        assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
+        assert isinstance(envs.single_action_space, Discrete | Box), "give Discrete or Box actions"
+        assert not ("<Normal" in repr(envs) or family_attribute(envs, "update_running_mean")), "leave out Normalize wrappers"
         assert family_attribute(envs, "episodes_per_trial", 2) in range(1, 9999), "episodes_per_trial: give 1, 2, ..."
-    except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
 
@@ -479,7 +478,7 @@ def sample_tasks(envs, num_tasks, rng):
 def to_env(actions, space):
     """Actions of the policy (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
     side without a bound, or with one beyond a million, is taken to be two units from the other."""
-    if isinstance(space, gym.spaces.Discrete):
+    if isinstance(space, Discrete):
         return actions + space.start
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
@@ -490,8 +489,8 @@ def to_env(actions, space):
 
 def as_floats(x, tasks):
     """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
-    x = np.array(x, dtype=np.float32)
-    if not (finite := np.isfinite(x).all(axis=-1)).all():
+    x = np.array(x, np.float32)
+    if not (finite := np.isfinite(x).all(-1)).all():
         fail(f"--env-id: task {tasks[finite.argmin()]!r:.60}: a reward or observation is not finite")
     return x
 
@@ -503,7 +502,7 @@ def step_envs(envs, actions, tasks, step):
     if step >= 20_000:
         fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
-    terminated, next_obs = np.array(terminated, dtype=bool), after.copy()
+    terminated, next_obs = np.array(terminated, bool), after.copy()
     dones = np.logical_or(terminated, truncated)
     if dones.any():  # the family may change what it returned before
         next_obs[dones] = as_floats(envs.reset(options={"reset_mask": dones.copy()})[0], tasks)[dones]
@@ -515,8 +514,7 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            stderr = x.std().item() / len(x) ** 0.5
-            rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
+            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
@@ -570,6 +568,10 @@ if __name__ == "__main__":
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by an untrained agent of one centre
     real = batch["masks"] > 0
     agent = Agent(batch["obs"][real], batch["rewards"][real], envs.single_action_space, args, saved).to(args.device)
+    if WORLD_SIZE > 1:  # the processes may have seen other noise: all take the first one's agent
+        dist.init_process_group()
+        dist.broadcast_object_list(shared := [agent])
+        agent = shared[0].to(args.device)
     others = [p for p in agent.parameters() if all(p is not x for x in agent.critic_parameters)]
     optimizer = torch.optim.Adam([{"params": others}, {"params": agent.critic_parameters}], eps=1e-5)
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
@@ -579,8 +581,6 @@ if __name__ == "__main__":
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, at least {args.num_minibatches} each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
-    if WORLD_SIZE > 1:
-        dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
         try:
@@ -617,7 +617,7 @@ if __name__ == "__main__":
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
         rate = 1.0 if iteration == 1 else 0.1  # slowly, since the values are in these units and jump with them
         agent.return_mean.lerp_(returns[real].mean(), rate)
-        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), rate)
+        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3 * agent.reward_scale), rate)
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 
@@ -657,7 +657,7 @@ if __name__ == "__main__":
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
         scalars |= {"time/rollout": rollout_time, "time/update": update_time}
         if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
-            results = {"train": evaluate(agent, eval_envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results = {"train": evaluate(agent, eval_envs, train_tasks or tasks, args)}
             results["heldout"] = evaluate(agent, eval_envs, heldout_tasks, args)
             scalars |= report(results, eval_rows, global_step, run_dir)
             last = [*results["heldout"]][-1]

@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0", "numpy==2.4.6",
-#                 "tqdm==4.70.1"]
+# dependencies=["torch==2.13.0","gymnasium[mujoco]==1.4.0","tyro==1.0.17","tensorboard==2.21.0","numpy==2.4.6","tqdm==4.70.1"]
 # ///
 """MAML: an actor-critic learner whose starting weights are learned (Finn et al. 2017).
 
@@ -49,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
+from gymnasium.spaces import Box, Discrete
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import grad, vmap
 from torch.utils.tensorboard import SummaryWriter
@@ -103,7 +103,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         if mask.all():
             self.tasks = np.array(self.task)
         self.steps[mask], self.state[mask] = 0, 0
@@ -124,7 +124,7 @@ class PointNav(TaskVectorEnv):
     5.3.1, whose episodes end within 0.01 of the goal)."""
 
     def __init__(self, num_envs=1, max_episode_steps=100):
-        spaces = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Box(-0.1, 0.1, (2,))
+        spaces = Box(-np.inf, np.inf, (2,)), Box(-0.1, 0.1, (2,))
         super().__init__(num_envs, max_episode_steps, *spaces)
 
     def sample_tasks(self, num_tasks, rng):
@@ -163,7 +163,7 @@ class HalfCheetahDir(TaskVectorEnv):
         self.data = [copy.copy(self.robot.data) for _ in range(threads)]
         self.unobserved = 1 + self.robot.observation_structure["skipped_qpos"]  # time and place
         size = 1 + self.model.nq + self.model.nv  # of the state: time, positions, velocities
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (size - self.unobserved,))
+        observation_space = Box(-np.inf, np.inf, (size - self.unobserved,))
         super().__init__(num_envs, max_episode_steps, observation_space, self.robot.action_space)
         self.state = np.zeros((num_envs, size))
 
@@ -224,7 +224,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.discrete = isinstance(action_space, Discrete)
         action_dim = gym.spaces.flatdim(action_space)
         sizes = (obs_dim, args.hidden_size, args.hidden_size, action_dim)
         weights = {}
@@ -479,16 +479,15 @@ def make_envs(args, num_envs):
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
-        space = envs.single_observation_space
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        if not isinstance(space := envs.single_observation_space, Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
-        assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
+        assert isinstance(envs.single_action_space, Discrete | Box), "give Discrete or Box actions"
+        assert not ("<Normal" in repr(envs) or family_attribute(envs, "update_running_mean")), "leave out Normalize wrappers"
         assert family_attribute(envs, "episodes_per_trial", 2) in range(1, 9999), "episodes_per_trial: give 1, 2, ..."
-    except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
 
@@ -504,7 +503,7 @@ def sample_tasks(envs, num_tasks, rng):
 def to_env(actions, space):
     """Actions of the policy (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
     side without a bound, or with one beyond a million, is taken to be two units from the other."""
-    if isinstance(space, gym.spaces.Discrete):
+    if isinstance(space, Discrete):
         return actions + space.start
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
@@ -515,8 +514,8 @@ def to_env(actions, space):
 
 def as_floats(x, tasks):
     """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
-    x = np.array(x, dtype=np.float32)
-    if not (finite := np.isfinite(x).all(axis=-1)).all():
+    x = np.array(x, np.float32)
+    if not (finite := np.isfinite(x).all(-1)).all():
         fail(f"--env-id: task {tasks[finite.argmin()]!r:.60}: a reward or observation is not finite")
     return x
 
@@ -528,7 +527,7 @@ def step_envs(envs, actions, tasks, step):
     if step >= 20_000:
         fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
-    terminated, next_obs = np.array(terminated, dtype=bool), after.copy()
+    terminated, next_obs = np.array(terminated, bool), after.copy()
     dones = np.logical_or(terminated, truncated)
     if dones.any():  # the family may change what it returned before
         next_obs[dones] = as_floats(envs.reset(options={"reset_mask": dones.copy()})[0], tasks)[dones]
@@ -540,8 +539,7 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            stderr = x.std().item() / len(x) ** 0.5
-            rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
+            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
@@ -591,13 +589,17 @@ if __name__ == "__main__":
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
-    weights = {"params": [*agent.weights.values(), *agent.shifts.values()], "factor": 1}
-    log_rates = {"params": [*agent.log_rates.values()], "factor": 10}  # a rate may have to change by orders of magnitude
-    optimizer = torch.optim.Adam([weights, log_rates], eps=1e-5)
     num_episodes = args.num_episodes or int(family_attribute(envs, "episodes_per_trial", 20))
     batch = collect(agent, envs, sample_tasks(envs, 32, rng), 0, rng, args)[0]  # by the untrained agent, one episode a task
     real = batch["masks"] > 0
     agent.set_units(batch["obs"][real])
+    if WORLD_SIZE > 1:  # the processes may have seen other noise: all take the first one's agent
+        dist.init_process_group()
+        dist.broadcast_object_list(shared := [agent])
+        agent = shared[0].to(args.device)
+    weights = {"params": [*agent.weights.values(), *agent.shifts.values()], "factor": 1}
+    log_rates = {"params": [*agent.log_rates.values()], "factor": 10}  # a rate may have to change by orders of magnitude
+    optimizer = torch.optim.Adam([weights, log_rates], eps=1e-5)
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     task_steps = (args.adapt_steps + 1) * num_episodes * (limit or real.sum().item() / 32)
     args.num_tasks = args.num_tasks or int(np.clip(40_000 / task_steps, 8, 256)) // WORLD_SIZE * WORLD_SIZE
@@ -605,8 +607,6 @@ if __name__ == "__main__":
     if args.num_tasks % WORLD_SIZE or num_tasks == 0:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}")
     envs, eval_envs = (make_envs(args, n * num_episodes) for n in (num_tasks, args.eval_tasks))
-    if WORLD_SIZE > 1:
-        dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
         try:
@@ -667,7 +667,7 @@ if __name__ == "__main__":
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
         scalars |= {"time/rollout": rollout_time, "time/update": update_time}
         if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
-            results = {"train": evaluate(agent, eval_envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results = {"train": evaluate(agent, eval_envs, train_tasks or tasks, args)}
             results["heldout"] = evaluate(agent, eval_envs, heldout_tasks, args)
             scalars |= report(results, eval_rows, global_step, run_dir)
             last = [*results["heldout"]][-1]

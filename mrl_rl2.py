@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "tyro==1.0.17", "tensorboard==2.21.0", "numpy==2.4.6",
-#                 "tqdm==4.70.1"]
+# dependencies=["torch==2.13.0","gymnasium[mujoco]==1.4.0","tyro==1.0.17","tensorboard==2.21.0","numpy==2.4.6","tqdm==4.70.1"]
 # ///
 """RL²: a recurrent actor-critic whose hidden state is the learner (Duan et al. 2016, Wang et al. 2016).
 
@@ -38,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
+from gymnasium.spaces import Box, Discrete
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -88,7 +88,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         if mask.all():
             self.tasks = np.array(self.task)
         self.steps[mask], self.state[mask] = 0, 0
@@ -108,7 +108,7 @@ class Bandit(TaskVectorEnv):
 
     def __init__(self, num_envs=1, k=5, n=10):
         self.k, self.episodes_per_trial = k, n
-        super().__init__(num_envs, 1, gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(k))
+        super().__init__(num_envs, 1, Box(0, 1, (1,)), Discrete(k))
 
     def sample_tasks(self, num_tasks, rng):
         return rng.random((num_tasks, self.k))
@@ -126,14 +126,14 @@ class GridNavi(TaskVectorEnv):
     episodes_per_trial = 4
 
     def __init__(self, num_envs=1):
-        super().__init__(num_envs, 15, gym.spaces.Box(0, 4, (2,)), gym.spaces.Discrete(5))
+        super().__init__(num_envs, 15, Box(0, 4, (2,)), Discrete(5))
 
     def sample_tasks(self, num_tasks, rng):
         return rng.choice(self.goals, num_tasks)
 
     def act(self, actions):
         self.state = (self.state + self.moves[actions]).clip(0, 4)
-        return np.where((self.state == self.tasks[:, :2]).all(axis=-1), 1.0, -0.1)
+        return np.where((self.state == self.tasks[:, :2]).all(-1), 1.0, -0.1)
 
 
 class CrossModalGridNavi(GridNavi):
@@ -143,7 +143,7 @@ class CrossModalGridNavi(GridNavi):
     def __init__(self, num_envs=1, senses="mixed"):
         self.senses = senses
         super().__init__(num_envs)
-        self.single_observation_space = gym.spaces.Box(-1, 2, (27,))
+        self.single_observation_space = Box(-1, 2, (27,))
 
     def sample_tasks(self, num_tasks, rng):
         drawn, kind = rng.integers(2, size=(num_tasks, 4)), self.senses
@@ -171,7 +171,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_space, args):
         super().__init__()
-        self.obs_dim, self.discrete = obs_dim, isinstance(action_space, gym.spaces.Discrete)
+        self.obs_dim, self.discrete = obs_dim, isinstance(action_space, Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
         self.encoder, code_dim = nn.Identity(), obs_dim  # for images, which arrive flat: a CNN and its output size
         self.gru = nn.GRU(2 * code_dim + self.action_dim + 2, args.hidden_size)
@@ -196,9 +196,10 @@ class Agent(nn.Module):
         new[:, -2] = torch.randn(len(new)).sign() / 2  # the column of the reward
 
     def set_units(self, obs, rewards):
-        """Sets the units of measure from observations (S, D) and rewards (S), once: what the network reads must not drift."""
+        """Sets the units from observations (S, D) and rewards (S), once: what the network reads must not drift."""
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
         self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt()  # 1 if there were none
+        self.return_std = self.reward_scale.clone()
 
     def make_input(self, obs, previous=None):
         """The input (M, I), observations still raw: obs (M, D), and the previous step's (obs, actions, rewards (M), dones (M))
@@ -363,16 +364,15 @@ def make_envs(args, num_envs):
         importlib.import_module(module or "gymnasium")
         single = {"vector_kwargs": {"autoreset_mode": "Disabled"}, "wrappers": [PlainStep], "disable_env_checker": True}
         envs = gym.make_vec(name, num_envs, **args.env_kwargs, **({} if gym.spec(name).vector_entry_point else single))
-        space = envs.single_observation_space
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        if not isinstance(space := envs.single_observation_space, Box) or len(space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         for attribute in ("sample_tasks", "task"):
             assert family_attribute(envs, attribute, fail) is not fail, f"it has no `{attribute}`"
         assert envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.DISABLED, "give AutoresetMode.DISABLED"
-        assert isinstance(envs.single_action_space, gym.spaces.Discrete | gym.spaces.Box), "give Discrete or Box actions"
-        assert not family_attribute(envs, "update_running_mean"), "leave out Normalize wrappers"
+        assert isinstance(envs.single_action_space, Discrete | Box), "give Discrete or Box actions"
+        assert not ("<Normal" in repr(envs) or family_attribute(envs, "update_running_mean")), "leave out Normalize wrappers"
         assert family_attribute(envs, "episodes_per_trial", 2) in range(1, 9999), "episodes_per_trial: give 1, 2, ..."
-    except (ImportError, TypeError, ValueError, AssertionError, gym.error.Error) as error:
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError, gym.error.Error) as error:
         fail(f"--env-id {args.env_id}: {error}")
     return envs
 
@@ -388,7 +388,7 @@ def sample_tasks(envs, num_tasks, rng):
 def to_env(actions, space):
     """Actions of the policy (N, ...) as the environment wants them: unit scale spans a Box, from `low` at -1 to `high` at 1. A
     side without a bound, or with one beyond a million, is taken to be two units from the other."""
-    if isinstance(space, gym.spaces.Discrete):
+    if isinstance(space, Discrete):
         return actions + space.start
     low = np.where(space.low > -1e6, space.low, np.where(space.high < 1e6, space.high - 2.0, -1))
     high = np.where(space.high < 1e6, space.high, low + 2)
@@ -399,8 +399,8 @@ def to_env(actions, space):
 
 def as_floats(x, tasks):
     """Observations or rewards (N, ...) that the sub-environments returned, copied. One that is not finite ends the program."""
-    x = np.array(x, dtype=np.float32)
-    if not (finite := np.isfinite(x).all(axis=-1)).all():
+    x = np.array(x, np.float32)
+    if not (finite := np.isfinite(x).all(-1)).all():
         fail(f"--env-id: task {tasks[finite.argmin()]!r:.60}: a reward or observation is not finite")
     return x
 
@@ -412,7 +412,7 @@ def step_envs(envs, actions, tasks, step):
     if step >= 20_000:
         fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
-    terminated, next_obs = np.array(terminated, dtype=bool), after.copy()
+    terminated, next_obs = np.array(terminated, bool), after.copy()
     dones = np.logical_or(terminated, truncated)
     if dones.any():  # the family may change what it returned before
         next_obs[dones] = as_floats(envs.reset(options={"reset_mask": dones.copy()})[0], tasks)[dones]
@@ -424,8 +424,7 @@ def report(results, rows, global_step, run_dir):
     scalars = {}
     for split, returns in results.items():
         for name, x in returns.items():
-            stderr = x.std().item() / len(x) ** 0.5
-            rows.append([global_step, split, name, x.mean().item(), stderr, len(x)])
+            rows.append([global_step, split, name, x.mean().item(), x.std().item() / len(x) ** 0.5, len(x)])
             scalars[f"eval/{split}_return_after_{name}"] = x.mean()
     header = "global_step,split,adaptation,mean_return,stderr,num_tasks"
     np.savetxt(run_dir / "eval.csv", rows, fmt="%s", delimiter=",", header=header, comments="")
@@ -474,11 +473,15 @@ if __name__ == "__main__":
     train_tasks = sample_tasks(envs, args.num_train_tasks, seed_all(args.seed, 0, TRAIN_TASKS))
     rng = seed_all(args.seed, 0, START)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, args).to(args.device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
     num_episodes = int(family_attribute(envs, "episodes_per_trial", 2))
     batch = rollout(agent, envs, sample_tasks(envs, 32, rng), num_episodes, args.seed)  # by the untrained agent
     real = batch["masks"] > 0
     agent.set_units(batch["inputs"][real][:, : agent.obs_dim], batch["rewards"][real])
+    if WORLD_SIZE > 1:  # the processes may have seen other noise: all take the first one's agent
+        dist.init_process_group()
+        dist.broadcast_object_list(shared := [agent])
+        agent = shared[0].to(args.device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
     limit = family_attribute(envs, "max_episode_steps") or family_attribute(envs, "_max_episode_steps", 0)
     trial_steps = num_episodes * limit or real.sum().item() / 32
     args.num_tasks = args.num_tasks or int(np.clip(16_000 / trial_steps, 16, 1024)) // WORLD_SIZE * WORLD_SIZE
@@ -486,8 +489,6 @@ if __name__ == "__main__":
     if args.num_tasks % WORLD_SIZE or num_tasks < args.num_minibatches:
         fail(f"--num-tasks {args.num_tasks}: give a multiple of {WORLD_SIZE}, at least {args.num_minibatches} each")
     envs, eval_envs = make_envs(args, num_tasks), make_envs(args, args.eval_tasks)
-    if WORLD_SIZE > 1:
-        dist.init_process_group()
     iteration, global_step, eval_rows, results = 0, 0, [], {}
     if checkpoint:
         try:
@@ -523,7 +524,7 @@ if __name__ == "__main__":
         batch["advantages"] = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
         rate = 1.0 if iteration == 1 else 0.1  # slowly, since the values are in these units and jump with them
         agent.return_mean.lerp_(returns[real].mean(), rate)
-        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3), rate)
+        agent.return_std.lerp_(returns[real].std().clamp(min=1e-3 * agent.reward_scale), rate)
         average(agent.return_mean, agent.return_std)
         rollout_time, start = time.time() - start, time.time()
 
@@ -557,7 +558,7 @@ if __name__ == "__main__":
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
         scalars |= {"time/rollout": rollout_time, "time/update": update_time}
         if global_step >= args.total_timesteps or iteration % args.eval_every == 0:
-            results = {"train": evaluate(agent, eval_envs, (train_tasks or tasks)[: args.eval_tasks], args)}
+            results = {"train": evaluate(agent, eval_envs, train_tasks or tasks, args)}
             results["heldout"] = evaluate(agent, eval_envs, heldout_tasks, args)
             scalars |= report(results, eval_rows, global_step, run_dir)
             last = [*results["heldout"]][-1]

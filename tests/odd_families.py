@@ -74,6 +74,16 @@ class Zeros(Side):
     reward = lambda self, action: 0.0  # noqa: E731
 
 
+class Small(Side):
+    def __init__(self, scale=1.0):
+        self.reward = lambda action: scale * (action == self.task)
+
+
+class Ranks(Side):  # each process sees something else
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0] + float(os.environ.get("RANK", 0)), {}
+
+
 class Ragged(Side):  # an info of another shape in each task
     def step(self, action):
         obs, reward, *ends, _ = super().step(action)
@@ -192,7 +202,17 @@ class Auto(gym.vector.VectorEnv):
         self.num_envs = num_envs
 
 
+class Manual(Auto):
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+
+
+class Picture(Manual):
+    single_observation_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
 gym.register("Auto-v0", vector_entry_point=Auto)
+gym.register("Picture-v0", vector_entry_point=Picture)
+gym.register("Norm-v0", vector_entry_point=lambda num_envs: gym.wrappers.vector.NormalizeReward(Manual(num_envs)))
 gym.register("Large-v0", entry_point=lambda: gym.wrappers.NormalizeObservation(Side()))
 for family in (SetTask, *SetTask.__subclasses__(), *Side.__subclasses__()):
     gym.register(f"{family.__name__}-v0", entry_point=family)

@@ -329,7 +329,7 @@ def test_units_of_rewards(space, num_features):
     args = Args(num_features=num_features)
     agent = Agent(torch.randn(4, 2), torch.tensor([0.0, 3.0, -1.0, 2.0]), space, args)
     scale = np.sqrt(14 / 3)  # root mean square of the rewards that are not zero
-    assert agent.reward_scale.item() == pytest.approx(scale)
+    assert agent.reward_scale.item() == agent.return_std.item() == pytest.approx(scale)
     level = torch.zeros_like(agent.prior_mean)  # on the constant, or on each place if there is none; a = 0 for a Box
     level[: None if agent.discrete else 1, : None if num_features == 32 else 1] = 1.0 / scale / 0.6
     torch.testing.assert_close(agent.prior_mean.detach(), level)

@@ -315,6 +315,16 @@ def test_unusual_families_run(script, family, tmp_path):
     assert all(np.isfinite(value) for series in scalars(run_dir).values() for _, value in series)
 
 
+@pytest.mark.parametrize("script", ["mrl_rl2", "mrl_maml"])
+def test_the_unit_of_the_rewards_does_not_matter(script, tmp_path):
+    """Rewards that are 1024 times smaller lead to the same agent, in that unit."""
+    argv = "--env-id families:Small-v0 --total-timesteps 1000 --eval-tasks 2 --env-kwargs scale"
+    one, other = (checkpoint(train(script, f"{argv} {scale}", tmp_path))["agent"] for scale in (1.0, 2**-10))
+    for name, x in one.items():
+        unit = 2**10 if name in ("reward_scale", "return_mean", "return_std") else 1
+        torch.testing.assert_close(unit * other[name], x, atol=1e-3, rtol=1e-2, msg=name)
+
+
 BAD = [  # flags, and what the one line must name
     ("--total-timesteps 0", "--total-timesteps 0: give a number from 1"),
     ("--num-tasks -3", "--num-tasks -3: give a number from 0"),
@@ -340,7 +350,9 @@ BAD = [  # flags, and what the one line must name
     ("--env-id families:Odd-v0 --env-kwargs what global", "must draw from rng alone"),
     ("--env-id families:Pool-v0", "must draw from rng alone"),
     ("--env-id families:Large-v0", "leave out Normalize wrappers"),
+    ("--env-id families:Norm-v0", "leave out Normalize wrappers"),
     ("--env-id families:Auto-v0", "give AutoresetMode.DISABLED"),
+    ("--env-id families:Picture-v0", "no attribute 'observation_space'"),
     ("--env-id families:Half-v0", "episodes_per_trial: give 1, 2, ..."),
     ("--env-id families:Needs-v0", "'size'"),
     ("--env-id families:Buttons-v0", "give Discrete or Box"),
@@ -405,10 +417,11 @@ def test_bad_checkpoints(script, trained, tmp_path):
         code, out, err = run(script, f"--evaluate {path}", tmp_path)
         assert code == 2 and out == "" and str(path) in err and len(messages(err)) == 1, (name, err)
         assert not (tmp_path / "runs").exists() and not (tmp_path / "attacked").exists()
-    for flags in ("--hidden-size 9", "--env-kwargs k 3"):
-        code, out, err = run(script, f"--evaluate {trained(script)}/checkpoint.pt {flags}", tmp_path)
-        assert code == 2 and out == "" and "no agent for these flags" in err and len(messages(err)) == 1, (flags, err)
-        assert not (tmp_path / "runs").exists()
+    others = [(other, "") for other in TINY if other != script]
+    for other, flags in [(script, "--hidden-size 9"), (script, "--env-kwargs k 3"), *others]:
+        code, out, err = run(script, f"--evaluate {trained(other)}/checkpoint.pt {flags}", tmp_path)
+        assert code == 2 and out == "" and "no agent for these flags" in err, (other, flags, err)
+        assert len(messages(err)) == (1 if other == script else 2) and not (tmp_path / "runs").exists()
 
 
 @both
@@ -458,11 +471,14 @@ def torchrun(script, argv, folder):
 
 @both
 def test_two_processes_hold_the_same_weights(script, tmp_path):
-    codes, errs = torchrun(script, f"{TINY[script]} {ARMS} --total-timesteps {3 * STEPS[script]}", tmp_path)
-    assert codes == [0, 0] and errs[1] == "", errs
-    [run_dir] = (tmp_path / "runs").iterdir()
-    assert checkpoint(run_dir)["iteration"] == 3 and checkpoint(run_dir)["global_step"] == 3 * STEPS[script]
-    assert equal(checkpoint(run_dir)["agent"], torch.load(tmp_path / "agent1.pt", weights_only=True))
+    for env, steps in ((ARMS, STEPS[script]), ("--env-id families:Ranks-v0 --eval-tasks 5", 80)):
+        runs = f"runs of {steps}"
+        argv = f"{TINY[script]} {env} --total-timesteps {3 * steps} --runs-dir '{runs}'"
+        codes, errs = torchrun(script, argv, tmp_path)
+        assert codes == [0, 0] and errs[1] == "", errs
+        [run_dir] = (tmp_path / runs).iterdir()
+        assert checkpoint(run_dir)["iteration"] == 3 and checkpoint(run_dir)["global_step"] == 3 * steps
+        assert equal(checkpoint(run_dir)["agent"], torch.load(tmp_path / "agent1.pt", weights_only=True))
 
 
 @both
