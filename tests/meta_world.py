@@ -4,6 +4,7 @@ In a virtual environment of its own, in the folder tests, after `pip install -r 
 
     python ../mrl_rl2.py --env-id meta_world:ML1-v0 --eval-tasks 50 --eval-every 1000000   # 50 training goals
     python meta_world.py runs/<run>/checkpoint.pt                                          # success on 50 held-out goals
+    python meta_world.py runs/<run>/checkpoint.pt --steps 500                              # in episodes of Meta-World's length
 """
 
 import functools
@@ -13,6 +14,8 @@ from pathlib import Path
 import gymnasium as gym
 import metaworld
 import numpy as np
+import torch
+import tyro
 
 
 @functools.cache
@@ -21,7 +24,7 @@ def benchmark(name):
 
 
 class ML1(gym.Wrapper):
-    """Episodes of `steps` steps; in Meta-World's protocol 500, and success is success in any of them, as in `successes`."""
+    """Episodes of `steps` steps, at most Meta-World's 500; success in any of them counts, as in its protocol (`successes`)."""
 
     def __init__(self, name="reach-v3", split="train", steps=100):
         super().__init__(benchmark(name).train_classes[name]())
@@ -48,23 +51,21 @@ class ML1(gym.Wrapper):
 gym.register("ML1-v0", entry_point=ML1)
 
 
-def success_rates(path, num_episodes=2):
-    """Share of the 50 held-out goals that an RL² agent reaches in each episode of a trial (E)."""
-    import torch
-
+def success_rates(path: tyro.conf.Positional[Path], steps: int = 100):
+    """Prints the share of the 50 held-out goals that an RL² agent reaches in each episode of a trial."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import mrl_rl2
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     args = mrl_rl2.Args(**checkpoint["args"])
-    args.env_kwargs["split"] = "test"
+    args.env_kwargs |= {"split": "test", "steps": steps}
     envs = mrl_rl2.make_envs(args, 50)
     agent = mrl_rl2.Agent(envs.single_observation_space.shape[0], envs.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     tasks = mrl_rl2.sample_tasks(envs, 50, mrl_rl2.seed_all(0))
-    mrl_rl2.rollout(agent, envs, tasks, num_episodes, seed=0)
-    return np.mean([env.get_wrapper_attr("successes")[:num_episodes] for env in envs.unwrapped.envs], axis=0)
+    mrl_rl2.rollout(agent, envs, tasks, 2, seed=0)
+    print(np.mean([env.get_wrapper_attr("successes")[:2] for env in envs.unwrapped.envs], axis=0))
 
 
 if __name__ == "__main__":
-    print(success_rates(sys.argv[1]))
+    tyro.cli(success_rates)
