@@ -190,7 +190,9 @@ def train_once(run):
     seconds = json.loads(finished.read_text())["seconds"]
     if not any(folder.glob("evaluate__*/eval.csv")):
         family = labels.get("family") or TRAININGS[labels["name"]][1]
-        num_tasks = FAMILIES[family][2] // (5 if script == "mrl_maml" else 1)  # MAML plays 20 episodes a task and step
+        num_tasks = FAMILIES[family][2]
+        if script == "mrl_maml" and num_tasks > 100:
+            num_tasks //= 5  # since it plays 20 episodes per task and step
         [path] = folder.glob("*/checkpoint.pt")
         call(script, f"--evaluate {path} --eval-tasks {num_tasks}", folder)
     return [labels | {"seed": seed, "run": name, "seconds": seconds} | row for row in evaluation(folder)]
@@ -569,6 +571,7 @@ README_ROWS = (  # family, measure, agent and adaptations of each script, publis
     ("HalfCheetahDir", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "rl2_half_cheetah_dir 1 2",
      "maml_half_cheetah_dir 0 1 2 3", "actor_critic_half_cheetah_dir 1 2",
      "-51 / 293 / 314 / 316 (MAML), 443 (told the task)", ""),
+    ("HalfCheetahVel", "after 0 / 1 steps, `--adapt-steps 1`", "", "maml_half_cheetah_vel_one_step 0 1", "", "", ""),
     ("HalfCheetahVel", "after 0 / 1 / 2 / 3 steps", "", "maml_half_cheetah_vel 0 1 2 3", "",
      "-130 / -79 / -67 / -61 (MAML), -54.5 (told the task)", ""),
 )  # fmt: skip
