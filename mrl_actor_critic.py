@@ -81,7 +81,7 @@ class Args:
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start (the critic's: 5 times); it falls linearly to zero
     num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
-    meta_policy: bool = True  # learn pi_theta and the temperature (else a uniform pi_theta and 0.1)
+    meta_policy: bool = True  # learn pi_theta and the temperature (else a fixed pi_theta and 0.1)
     meta_value: bool = True  # learn the critic's features, prior and noise (else they stay as they are at the start)
     meta_action_selection: bool = True  # learn the optimism (else it is 0)
     hidden_size: int = 64  # units of each of the two hidden layers, H

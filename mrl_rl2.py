@@ -8,7 +8,7 @@ A trial is E episodes of one task. In the inner loop, a GRU reads each observati
 action and reward, and whether it ended an episode. The hidden state is carried over from episode to episode; acting on it is
 the adaptation, without any gradient step. In the outer loop, PPO maximises the return of whole trials over many tasks,
 
-    J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial, as advantages do
+    J(theta) = E_task E_trial [ sum_t gamma^t r_t ],    where t runs through all episodes of the trial
 
     python mrl_rl2.py                                                  # GridNavi: search for a hidden goal, then walk to it
     python mrl_rl2.py --env-id Bandit-v0 --env-kwargs k 5 n 100        # explore and exploit 5 arms for 100 pulls
