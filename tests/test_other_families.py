@@ -5,8 +5,8 @@ from itertools import product
 import gymnasium as gym
 import numpy as np
 import pytest
+from launch import train
 from players import PLAN, dark_room_rows
-from test_command_line import train
 
 FAMILIES = ("dark_room:DarkRoom-v0", "dark_room:DarkKeyToDoor-v0", "varied_pendulum:VariedPendulum-v0")
 STAY, UP, RIGHT, DOWN, LEFT = range(5)
