@@ -65,6 +65,10 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
     "VariedPendulum": ("varied_pendulum", "VariedPendulum-v0", 200),
 }
 MATRIX = tuple(name for name in FAMILIES if name != "SenseByRound")[:9]
+for k, n in itertools.product((5, 10, 50), (10, 100, 500)):  # the nine of Duan et al. 2016
+    FAMILIES.setdefault(f"Bandit k={k} n={n}", ("mrl_rl2", f"Bandit-v0 --env-kwargs k {k} n {n}", 4000))
+LONGER = {f"TabularMDP n={n}": f"--env-kwargs n {n}" for n in (25, 50, 75, 100)}
+FAMILIES |= {name: ("mrl_actor_critic", f"TabularMDP-v0 {flags}", 1000) for name, flags in LONGER.items()}
 ON_A_GPU = "--device cuda --hidden-size 256 --learning-rate 0.001"
 LARGE_BATCH = "--num-tasks 2048 --gae-lambda 0.3 --total-timesteps 39526400"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
@@ -264,7 +268,9 @@ def evaluate_agent(name, path, flags):
 def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
     """Agents of tests/results, all or those named, on held-out tasks -> evaluations.csv"""
     evaluations = [(name, TRAININGS[name][1], FAMILIES[TRAININGS[name][1]][2], "") for name in names]
-    evaluations += [(name, "TabularMDP n=100", 1000, "--env-kwargs n 100") for name in LONGER_TRIALS if name in names]
+    for name, family in itertools.product(LONGER_TRIALS, LONGER):
+        if name in names:
+            evaluations.append((name, family, FAMILIES[family][2], LONGER[family]))
     for name, family, num_tasks, flags in evaluations:
         if (RESULTS / f"{name}.pt").exists():
             rows = evaluate_agent(name, RESULTS / f"{name}.pt", f"--eval-tasks {num_tasks} {flags}")
@@ -529,6 +535,13 @@ def seeds_table(name, column):
 def family_tables():
     """Stored agents beside published figures and players: a table per family."""
     tables = defaultdict(dict)
+    groups = defaultdict(list)
+    for row in read("defaults.csv"):
+        title, _, column = row["family"].partition(" ")
+        if title in ("Bandit", "TabularMDP") and row["adaptation"] == "trial":
+            groups[title, f"{SCRIPTS[row['script']]}, trained for n, default flags", column].append(row)
+    for (title, who, column), rows in groups.items():
+        tables[title][who, column] = mean_over_seeds(rows)
     for row in read("evaluations.csv") + read("published.csv") + read("players.csv"):
         title, _, column = row["family"].replace(",", "").partition(" ")
         adaptation = row.get("adaptation")
@@ -536,6 +549,8 @@ def family_tables():
         if "noise" in column:
             title, _, column = row["family"].rpartition(" ")
         elif adaptation and adaptation != "trial":
+            if row["family"] in LONGER:
+                continue
             title, column = f"{row['family']}, episode by episode" if column else title, adaptation
         column = column.removeprefix("episode ").replace("sum of 4 episodes", "trial") or adaptation or "each episode"
         if not column.isdigit() or int(column) <= 10:

@@ -2,11 +2,12 @@
 
 import json
 
+import benchmark
 import figures
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from benchmark import MovedGoal, NoisyMDP, linear_probe
+from benchmark import RESULTS, ROOT, MovedGoal, NoisyMDP, linear_probe
 
 
 def test_goal_moves_after_two_episodes():
@@ -59,3 +60,13 @@ def test_curves_are_means_over_seeds_for_each_setting(tmp_path):
     assert axis.get_title() == "Side-v0" and (tmp_path / "curves.png").stat().st_size > 0
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert lines == {"x learning_rate=0.1 (n = 2)": [[10, 1], [20, 4]], "x learning_rate=0.2 (n = 1)": [[10, 1], [20, 7]]}
+
+
+def test_no_figure_has_drifted():
+    """Evaluations are those of the agents that are stored, and the tables in the READMEs those of the CSV files."""
+    for name in ("evaluations.csv", "uncertain.csv"):
+        steps = {(row["name"], int(row["env_steps"])) for row in benchmark.read(name)}
+        assert steps == {(agent, torch.load(RESULTS / f"{agent}.pt", weights_only=True)["global_step"]) for agent, _ in steps}
+    texts = [path.read_text() for path in (ROOT / "README.md", RESULTS / "README.md")]
+    assert benchmark.readme_table() in texts[0]
+    assert all(text in texts[1] for text in (benchmark.family_tables(), benchmark.training_commands()))
