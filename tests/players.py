@@ -11,6 +11,7 @@ import functools
 import itertools
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 
 COLUMNS = ("family", "player", "mean_return", "stderr", "num_tasks", "source")
@@ -403,9 +404,39 @@ def dark_room_rows(steps=20):
     yield "DarkRoom, sum of 5 episodes", "upper bound", bound / 81, 0.0, "exact", "linear programming"
 
 
+# DARK KEY-TO-DOOR of toymeta: +1 for the key, once an episode, and +1 for the door with the key; the start is drawn
+def key_to_door_rows(num_tasks=1000):
+    """A player that goes to the nearest cell which may hold what it looks for, of equal ones to that with the fewest such
+    neighbours, and straight to what it has found. Who knows the task gets both in each episode: they are 33 steps away at most."""
+    env, rng = gym.make("dark_room:DarkKeyToDoor-v0"), np.random.default_rng(0)
+    returns = np.zeros((num_tasks, 5))
+    for i, env.unwrapped.task in enumerate(env.unwrapped.sample_tasks(num_tasks, rng)):
+        found, possible = {}, np.ones((2, 9, 9), bool)  # where the key may be, and the door
+        for k in range(5):
+            state, has_key, done = env.reset(seed=int(rng.integers(2**31)))[0], 0, False
+            while not done:
+                position = np.array(divmod(state, 9))
+                if (goal := found.get(has_key)) is None:
+                    cells, padded = np.argwhere(possible[has_key]), np.pad(possible[has_key].astype(int), 1)
+                    neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+                    distances = np.abs(cells - position).sum(1)
+                    goal = cells[np.lexsort((neighbours[tuple(cells.T)], distances))[0]]
+                x, y = goal - position
+                state, reward, terminated, truncated, _ = env.step(
+                    3 if x > 0 else 1 if x < 0 else 2 if y > 0 else 4 if y < 0 else 0
+                )
+                possible[has_key][divmod(state, 9)], done = False, terminated or truncated
+                if reward:
+                    found[has_key], possible[1][divmod(state, 9)], has_key = np.array(divmod(state, 9)), False, 1
+                returns[i, k] += reward
+    yield "DarkKeyToDoor, each episode", "known task", 2.0, 0.0, "exact", "straight walk"
+    for k, x in enumerate(returns.T, 1):
+        yield f"DarkKeyToDoor, episode {k}", "nearest unseen cell", x.mean(), x.std() / num_tasks**0.5, num_tasks, "simulation"
+
+
 if __name__ == "__main__":
     path, rows = Path(__file__).parent / "results" / "players.csv", [COLUMNS]
-    for family_rows in (grid_navi_rows, point_nav_rows, dark_room_rows, mdp_rows, bandit_rows):
+    for family_rows in (grid_navi_rows, point_nav_rows, dark_room_rows, key_to_door_rows, mdp_rows, bandit_rows):
         for family, player, mean, stderr, num_tasks, source in family_rows():
             rows.append((family, player, f"{mean:.4f}", f"{stderr:.4f}", num_tasks, source))
             print(f"{family:31} {player:46} {mean:10.3f} ± {stderr:.3f}", flush=True)
