@@ -9,6 +9,7 @@
     python tests/benchmark.py ablation                # what single parts of the algorithms are worth
     python tests/benchmark.py speed                   # steps per second; `speed busy`: wall times on a busy machine
     python tests/benchmark.py cost                    # time and memory against tasks, episodes, steps and adaptation steps
+    python tests/benchmark.py levels                  # steps and seconds of training until a level is reached
     python tests/benchmark.py size                    # lines and characters of code
     python tests/benchmark.py report                  # fills the tables of tests/results/README.md from the CSV files alone
 
@@ -476,6 +477,31 @@ def cost(iterations: int = 8, warm_up: int = 3):
             store("cost.csv", [row], ["script", "doubled", "factor"])
 
 
+LEVELS = (  # script, family, what is judged, its level, in what others took for the family
+    ("mrl_rl2", "GridNavi", "trial", 36, "8.6 hours on two cores (VariBAD)"),
+    ("mrl_actor_critic", "GridNavi", "trial", 34, "8.6 hours on two cores (VariBAD)"),
+    ("mrl_actor_critic", "TabularMDP n=10", "trial", 156.2, ""),
+    ("mrl_maml", "PointNav", "3", -5, "2.4 hours for 200 iterations (learn2learn)"),
+)
+
+
+def levels(seeds: Seeds = THREE):
+    """Environment steps and seconds of the default commands until they reach a level on held-out tasks -> levels.csv"""
+    for seed, (script, family, adaptation, level, published) in itertools.product(seeds, LEVELS):
+        row = {"script": script, "family": family, "adaptation": adaptation, "level": level, "seed": seed}
+        trained = train_once((row, script, env_flags(family, script), seed))
+        [folder] = (path.parent for path in RUNS.glob(f"{trained[0]['run']}/*/checkpoint.pt"))
+        found = [x for x in csv.DictReader((folder / "eval.csv").open(newline="")) if x["split"] == "heldout"]
+        found = [x for x in found if x["adaptation"] == adaptation and float(x["mean_return"]) >= level]
+        if found:
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+            clocks = (event for tag in ("time/rollout", "time/update") for event in events.Scalars(tag))
+            row["env_steps"] = int(found[0]["global_step"])
+            row["seconds"] = round(sum(event.value for event in clocks if event.step <= row["env_steps"]))
+        columns = {"env_steps": "never", "seconds": "", "published": published}
+        store("levels.csv", [row | {name: row.get(name, x) for name, x in columns.items()}], ["script", "family", "seed"])
+
+
 def size():
     """Lines of each script, and characters of its code: no indentation, comments and docstrings -> size.csv"""
     for script in SCRIPTS:
@@ -637,7 +663,7 @@ def report():
     for row in read("probe.csv"):
         groups[f"{row['name']}, {row['states']}", f"{row['trained']} to {row['tested']}"].append(float(row["accuracy"]))
     tables["probe"] = table({key: f"{statistics.mean(x):.3f}" for key, x in groups.items()})
-    for name in ("speed", "wall_times", "cost", "size"):
+    for name in ("speed", "wall_times", "cost", "levels", "size"):
         rows = read(f"{name}.csv") or [{}]
         tables[name] = markdown([rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)])
     path = RESULTS / "README.md"
@@ -647,7 +673,7 @@ def report():
     path.write_text("".join(parts))
 
 
-COMMANDS = train, evaluate, defaults, overfitting, ablation, cross_modal, uncertain, speed, cost, size, report
+COMMANDS = train, evaluate, defaults, overfitting, ablation, cross_modal, uncertain, speed, cost, levels, size, report
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
