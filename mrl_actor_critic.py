@@ -12,11 +12,11 @@ x(a)'w f(s) are normal with mean m and covariance C, and its actor follows from 
     actor      pi(a|s) proportional to pi_theta(a|s, m, C) exp((Q(s, a) + beta sigma(s, a)) / temperature)
 
 where Q(s, a) = x(a)'m f(s), and sigma is the critic's standard deviation. w, m and d are matrices (K, F) on which C acts as on
-vectors, and <,> is their inner product. Rewards are in units of their RMS, clipped to ±3. E[x(a')] is not the actor's, but
-that of a softmax of Q / 0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and absent after a
-terminal step. The critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist & Pietquin 2010), with
-discount 0.4, the actor a step of natural policy gradient from pi_theta. The outer loop, which looks to the end of the trial,
-learns what guides the learner:
+vectors, and <,> is their inner product. Rewards are in units of their RMS, zeros apart, clipped to ±3. E[x(a')] is not the
+actor's, but that of a softmax of Q / 0.5 before the step, held fixed (for a Box, a' is the clipped gradient of Q / 0.5), and
+absent after a terminal step. The critic is temporal-difference learning by a Kalman filter (Engel et al. 2005, Geist &
+Pietquin 2010), with discount 0.4, the actor a step of natural policy gradient from pi_theta. The outer loop, which looks to
+the end of the trial, learns what guides the learner:
 
     meta-policy              pi_theta and the temperature       by PPO, for the discounted return of the trial
     meta action selection    the optimism beta                  by PPO, for the discounted return of the trial
@@ -69,7 +69,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # the family's arguments: name value ...
     total_timesteps: int = 6_000_000  # environment steps of training, without evaluations
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
@@ -81,7 +81,7 @@ class Args:
     # Algorithm specific arguments
     learning_rate: float = 2e-3  # learning rate of Adam at the start (the critic's: 5 times); it falls linearly to zero
     num_tasks: int = 0  # tasks in a meta-batch, M, one trial each (0: 16,000 environment steps, but 16 to 1024 tasks)
-    meta_policy: bool = True  # learn pi_theta and the temperature (else a fixed pi_theta and 0.1)
+    meta_policy: bool = True  # learn pi_theta and the temperature (else pi_theta is fixed and the temperature 0.1)
     meta_value: bool = True  # learn the critic's features, prior and noise (else they stay as they are at the start)
     meta_action_selection: bool = True  # learn the optimism (else it is 0)
     hidden_size: int = 64  # units of each of the two hidden layers, H
@@ -161,8 +161,9 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, Discrete)
         self.action_dim = gym.spaces.flatdim(action_space)
-        self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(obs.std(0, correction=0).clamp(min=0.1))
-        self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt())  # 1 if there were none
+        std = obs.std(0, correction=0)  # a unit is 0.1 or more, unless all observations deviate less
+        self.obs_mean, self.obs_std = nn.Buffer(obs.mean(0)), nn.Buffer(std.clamp(std.max().clamp(1e-4, 0.1)))
+        self.reward_scale = nn.Buffer((rewards[rewards != 0] ** 2).mean().nan_to_num(1).sqrt())  # 1 if there were none
         self.return_mean, self.return_std = nn.Buffer(torch.tensor(0.0)), nn.Buffer(self.reward_scale.clone())
         # Meta-value function: centres, each the farthest from those before it; the prior of the weights; the noise.
         obs, centres = self.encode(obs), []
@@ -500,7 +501,7 @@ def step_envs(envs, actions, tasks, step):
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step >= 20_000:
-        fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
+        fail("--env-id: no end after 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
     terminated, next_obs = np.array(terminated, bool), after.copy()
     dones = np.logical_or(terminated, truncated)
@@ -532,7 +533,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: not a whole checkpoint; give a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -596,7 +597,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
         saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         (run_dir / "args.json").write_text(json.dumps(saved_args, indent=1))
-        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
+        args.evaluate or print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
@@ -651,7 +652,7 @@ if __name__ == "__main__":
         if RANK > 0:
             continue
         scalars = {f"losses/{name}": torch.stack([x[name] for x in losses if name in x]).mean() for name in losses[0]}
-        scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
+        scalars["losses/explained_variance"] = 1 - advantages[real].var() / returns[real].var().clamp(min=1e-8)
         scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
         scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
@@ -686,4 +687,4 @@ if __name__ == "__main__":
         gain = numbered[-1] - numbered[0]
         score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
         verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
-        print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+        print(f"The return {verdict}: last minus first is {gain.mean():.3f}, {score:.1f} standard errors.")

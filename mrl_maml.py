@@ -64,7 +64,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "PointNav-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # the family's arguments: name value ...
     total_timesteps: int = 6_000_000  # environment steps of training, without evaluations
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
@@ -78,7 +78,7 @@ class Args:
     num_tasks: int = 0  # tasks in a meta-batch, M (0: 40,000 environment steps, but 8 to 256 tasks)
     num_episodes: int = 0  # episodes before each adaptation step and after the last, E (0: a trial of the family, or 20)
     adapt_steps: int = 3  # adaptation steps in the training, K
-    eval_adapt_steps: int = 0  # in evaluations (0: as in training); further ones repeat the last rates, without shift
+    eval_adapt_steps: int = 0  # steps in evaluations (0: as in training); further ones repeat the last rates, without shift
     inner_lr: float = 1.0  # rate of the inner steps at the start, times sigma^2 (with discrete actions, times A)
     inner_loss: Literal["ratio", "log-prob", "dice"] = "ratio"  # terms of the meta-gradient that are kept, see `inner_loss`
     first_order: bool = False  # leave out the second derivatives, for comparison
@@ -121,7 +121,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 class PointNav(TaskVectorEnv):
     """A point that starts at (0, 0) and a hidden goal ~ U[-0.5, 0.5]^2; the action, clipped to ±0.1 per axis, is added to the
     position; reward -distance to the goal after the move; 100 steps, no early end; the observation is x, y (Finn et al. 2017,
-    5.3.1, whose episodes end within 0.01 of the goal)."""
+    5.3, with the squared distance and an end within 0.01 of the goal)."""
 
     def __init__(self, num_envs=1, max_episode_steps=100):
         spaces = Box(-np.inf, np.inf, (2,)), Box(-0.1, 0.1, (2,))
@@ -152,7 +152,7 @@ class SparsePointNav(PointNav):
 
 class HalfCheetahDir(TaskVectorEnv):
     """gymnasium's HalfCheetah-v5 that is to run forwards or backwards: reward direction * x_velocity - control cost, direction
-    ±1; 200 steps (Finn et al. 2017, 5.3.2). `mujoco.rollout` simulates all sub-environments at once, on all cores."""
+    ±1; 200 steps (Finn et al. 2017, 5.3). `mujoco.rollout` simulates all sub-environments at once, on all cores."""
 
     body, control_cost = "HalfCheetah-v5", 0.1
 
@@ -192,7 +192,7 @@ class HalfCheetahDir(TaskVectorEnv):
 
 
 class HalfCheetahVel(HalfCheetahDir):
-    """HalfCheetah with a goal velocity ~ U[0, 2]: reward -|x_velocity - goal| - control cost (Finn et al. 2017, 5.3.2)."""
+    """HalfCheetah with a goal velocity ~ U[0, 2]: reward -|x_velocity - goal| - control cost (Finn et al. 2017, 5.3)."""
 
     def sample_tasks(self, num_tasks, rng):
         return rng.uniform(0, 2, num_tasks)
@@ -203,7 +203,7 @@ class HalfCheetahVel(HalfCheetahDir):
 
 class AntDir(HalfCheetahDir):
     """gymnasium's Ant-v5, without contact forces, that is to walk forwards or backwards: reward direction * x_velocity -
-    control cost + 1 while it is healthy, its height in [0.2, 1]; an episode ends when it is not (Finn et al. 2017, 5.3.2)."""
+    control cost + 1 while it is healthy, its height in [0.2, 1]; an episode ends when it is not (Finn et al. 2017, 5.3)."""
 
     body, control_cost = "Ant-v5", 0.5
 
@@ -243,9 +243,9 @@ class Agent(nn.Module):
         self.obs_mean, self.obs_std = nn.Buffer(torch.zeros(obs_dim)), nn.Buffer(torch.ones(obs_dim))
 
     def set_units(self, obs):
-        """Sets the units from observations (S, D), once and for all: what the network reads must not drift. No unit is below
-        one, since the learner may later go far beyond what it saw at first."""
-        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=1.0)
+        """Fixes the units of observations (S, D): they must not drift. No unit is below one (if all deviate less than 0.1, ten
+        times the greatest deviation), since the learner may later go far beyond what it saw at first."""
+        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(10 * obs.std(0).max().clamp(1e-5, 0.1))
 
     def inner_step(self, k):
         """Rates and shifts, by weight, of inner step k, from 0. A step beyond those of the training repeats their last rates,
@@ -307,15 +307,15 @@ def compute_gae(rewards, values, masks, gamma, gae_lambda):
 
 
 def linear_values(obs, returns, masks, ridge=1e-5):
-    """Values (T, E) in a task: a least-squares fit of its returns on [obs, obs^2, t, t^2, t^3, 1] (Duan et al. 2016,
-    Benchmarking deep reinforcement learning). The ridge keeps it solvable where observations never change."""
+    """Values (T, E) in a task: a fit of its returns on [obs, obs^2, t, t^2, t^3, 1] (Duan et al. 2016, Benchmarking deep RL).
+    The ridge draws it to their mean, strongly where the steps are so few that it would fit their noise."""
     t = torch.arange(len(masks), device=obs.device)[:, None, None].expand(*masks.shape, 1) / 100
     x = torch.cat([obs, obs**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # (T, E, F)
-    x = (x * masks[..., None]).flatten(0, 1).double()
-    y = (returns * masks).flatten()[:, None].double()
-    penalty = ridge * masks.sum() * torch.eye(x.shape[-1], device=obs.device)
+    x, mean = (x * masks[..., None]).flatten(0, 1).double(), masked_mean(returns, masks)
+    y = ((returns - mean) * masks).flatten()[:, None].double()
+    penalty = torch.where(masks.sum() < 2 * x.shape[-1], 0.1, ridge) * masks.sum() * torch.eye(x.shape[-1], device=obs.device)
     coefficients = torch.linalg.solve(x.T @ x + penalty, x.T @ y)
-    return (x @ coefficients).view_as(masks).to(masks)
+    return mean + (x @ coefficients).view_as(masks).to(masks)
 
 
 def add_advantages(batch, args):
@@ -358,7 +358,7 @@ def inner_loss(weights, batch, args):
 def adapt(weights, inner_step, batch, args):
     """One inner step for one task: its weights, moved by the shift and against the gradient of the inner loss.
 
-    The gradient of a Gaussian's mean scales as 1 / sigma^2. Times the mean variance, one rate suits wide and narrow ones."""
+    The gradient of a Gaussian's mean scales as 1 / sigma. Times the mean variance, a step moves it in units of sigma."""
     grads = grad(inner_loss)(weights, batch, args)
     if args.first_order:
         grads = {name: g.detach() for name, g in grads.items()}
@@ -525,7 +525,7 @@ def step_envs(envs, actions, tasks, step):
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step >= 20_000:
-        fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
+        fail("--env-id: no end after 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
     terminated, next_obs = np.array(terminated, bool), after.copy()
     dones = np.logical_or(terminated, truncated)
@@ -557,7 +557,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: not a whole checkpoint; give a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -622,7 +622,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
         saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         (run_dir / "args.json").write_text(json.dumps(saved_args, indent=1))
-        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
+        args.evaluate or print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
@@ -696,4 +696,4 @@ if __name__ == "__main__":
         gain = numbered[-1] - numbered[0]
         score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
         verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
-        print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+        print(f"The return {verdict}: last minus first is {gain.mean():.3f}, {score:.1f} standard errors.")

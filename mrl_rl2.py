@@ -52,7 +52,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "GridNavi-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # its arguments: name value name value
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # the family's arguments: name value ...
     total_timesteps: int = 6_000_000  # environment steps of training, without evaluations
     num_train_tasks: int = 0  # train on this many fixed tasks (0: fresh tasks in each iteration)
     eval_every: int = 25  # iterations between two evaluations on held-out tasks
@@ -196,14 +196,14 @@ class Agent(nn.Module):
         new[:, -2] = torch.randn(len(new)).sign() / 2  # the column of the reward
 
     def set_units(self, obs, rewards):
-        """Sets the units from observations (S, D) and rewards (S), once: what the network reads must not drift."""
-        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=0.1)
-        self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1.0).sqrt()  # 1 if there were none
+        """Fixes the units of observations (S, D), 0.1 or more unless all deviate less, and rewards (S): none may drift."""
+        self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(obs.std(0).max().clamp(1e-4, 0.1))
+        self.reward_scale = (rewards[rewards != 0] ** 2).mean().nan_to_num(1).sqrt()  # 1 if there were none
         self.return_std = self.reward_scale.clone()
 
     def make_input(self, obs, previous=None):
         """The input (M, I), observations still raw: obs (M, D), and the previous step's (obs, actions, rewards (M), dones (M))
-        or zeros at the start of a trial. After an episode, obs is the next one's first: none is read that is not acted on."""
+        or zeros at the start of a trial. After an episode, obs is the first of the next: its last is never read."""
         if previous is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
         last_obs, actions, rewards, dones = previous
@@ -410,7 +410,7 @@ def step_envs(envs, actions, tasks, step):
     act on next, those that the step led to, and rewards, terminated and dones (N)."""
     after, rewards, terminated, truncated, _ = envs.step(to_env(actions.cpu().numpy(), envs.single_action_space))
     if step >= 20_000:
-        fail("--env-id: a trial has over 20,000 steps; register it with max_episode_steps")
+        fail("--env-id: no end after 20,000 steps; register it with max_episode_steps")
     after, rewards = as_floats(after, tasks), as_floats(np.reshape(rewards, (len(tasks), 1)), tasks)[:, 0]
     terminated, next_obs = np.array(terminated, bool), after.copy()
     dones = np.logical_or(terminated, truncated)
@@ -442,7 +442,7 @@ if __name__ == "__main__":
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
             saved, own = checkpoint["args"], asdict(args).keys() - NOT_SAVED
         except Exception:  # whatever a missing, truncated or foreign file makes the reader raise
-            fail(f"{path}: not a whole checkpoint; give a checkpoint.pt")
+            fail(f"{path}: not a whole checkpoint.pt")
         if saved.keys() != own:  # the file was changed since, or is a copy
             print(f"{path}: ignored: {sorted(saved.keys() - own)}; default: {sorted(own - saved.keys())}", file=sys.stderr)
         defaults = Args(**{name: saved[name] for name in saved.keys() & (own - {"env_kwargs"})})
@@ -504,7 +504,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # events of a resumed run that are not in its checkpoint
         saved_args = {name: x for name, x in asdict(args).items() if name not in NOT_SAVED}
         (run_dir / "args.json").write_text(json.dumps(saved_args, indent=1))
-        print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
+        args.evaluate or print(f"to go on: {shlex.join(['python', sys.argv[0], '--resume', str(path)])}", file=sys.stderr)
 
     # TRAINING
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", unit_scale=True, disable=RANK > 0)
@@ -552,7 +552,7 @@ if __name__ == "__main__":
         if RANK > 0:
             continue
         scalars = {f"losses/{name}": torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
-        scalars["losses/explained_variance"] = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
+        scalars["losses/explained_variance"] = 1 - advantages[real].var() / returns[real].var().clamp(min=1e-8)
         scalars |= {f"charts/episode_{k}_return": x for k, x in enumerate(by_episode, 1)}
         scalars |= {"charts/pre_adaptation_return": by_episode[0], "charts/post_adaptation_return": by_episode[-1]}
         scalars |= {"charts/SPS": steps / (rollout_time + update_time), "charts/learning_rate": learning_rate}
@@ -587,4 +587,4 @@ if __name__ == "__main__":
         gain = numbered[-1] - numbered[0]
         score = gain.mean() / gain.std().clamp(min=1e-8) * len(gain) ** 0.5
         verdict = "rises" if score > 3 else "falls" if score < -3 else "stays level"
-        print(f"The return {verdict}: the last is {gain.mean():.3f} above the first, {score:.1f} standard errors.")
+        print(f"The return {verdict}: last minus first is {gain.mean():.3f}, {score:.1f} standard errors.")

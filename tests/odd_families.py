@@ -74,9 +74,13 @@ class Zeros(Side):
     reward = lambda self, action: 0.0  # noqa: E731
 
 
-class Small(Side):
-    def __init__(self, scale=1.0):
-        self.reward = lambda action: scale * (action == self.task)
+class Small(Side):  # in another unit
+    def __init__(self, reward=1.0, obs=1.0):
+        self.reward, self.obs = lambda action: reward * (action == self.task), obs
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs + self.obs * (self.t + action) / 5, *rest
 
 
 class Ranks(Side):  # each process sees something else
