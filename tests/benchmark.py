@@ -595,7 +595,7 @@ def training_commands():
     return "\n".join(["```", *lines, "```"])
 
 
-README_ROWS = (  # family, measure, agent and adaptations of each script, published, best possible
+README_ROWS = (  # family, measure, agent and adaptations of each script, published, best known
     ("Bandit, 5 arms, 10 pulls", "trial", "rl2_bandit_k5_n10 trial", "", "actor_critic_bandit_k5_n10 trial", "6.7 (RL²)",
      "6.660, exact"),
     ("Bandit, 5 arms, 100 pulls", "trial", "rl2_bandit_k5_n100 trial", "", "actor_critic_bandit_k5_n100 trial", "78.7 (RL²)",
@@ -606,7 +606,7 @@ README_ROWS = (  # family, measure, agent and adaptations of each script, publis
      "156.2 (RL²), 159.1 (SNAIL)", "about 162.5, near-Bayes"),
     ("TabularMDP", "an episode, after 0 / 1 / 3 steps", "", "maml_tabular_mdp 0 1 3", "", "", ""),
     ("PointNav", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "rl2_point_nav 1 2", "maml_point_nav 0 1 2 3",
-     "actor_critic_point_nav 1 2", "-40.4 / -11.7 / -3.3 / -3.2 (MAML)", "-1.3 / -0.5"),
+     "actor_critic_point_nav 1 2", "-40.4 / -11.7 / -3.3 / -3.2 (MAML)", "-1.3 (triangulation) / -0.5"),
     ("SparsePointNav", "episodes 1 / 2, or after 0 / 1 / 3 steps", "rl2_sparse_point_nav 1 2", "maml_sparse_point_nav 0 1 3",
      "actor_critic_sparse_point_nav 1 2", "", "41 (a sweep) / 53.4"),
     ("HalfCheetahDir", "episodes 1 / 2, or after 0 / 1 / 2 / 3 steps", "rl2_half_cheetah_dir 1 2",
@@ -623,7 +623,7 @@ def readme_table():
     groups = defaultdict(list)
     for row in read("trainings.csv"):
         groups[row["name"], row["adaptation"]].append(row)
-    lines = [["family", "return of", *SCRIPTS.values(), "published", "best possible"], ["---"] * 7]
+    lines = [["family", "return of", *SCRIPTS.values(), "published", "best known"], ["---"] * 7]
     for family, measure, *agents, published, best in README_ROWS:
         cells = []
         for name, *adaptations in map(str.split, [agent or "-" for agent in agents]):
@@ -653,7 +653,7 @@ def report():
     groups = defaultdict(list)
     for row in read("overfitting.csv"):
         if row["adaptation"] == ("3" if row["script"] == "mrl_maml" else "trial"):
-            number = f"{row['num_train_tasks']} tasks" if row["num_train_tasks"] != "0" else "fresh tasks"
+            number = {"0": "fresh tasks", "1": "1 task"}.get(row["num_train_tasks"], f"{row['num_train_tasks']} tasks")
             groups[f"{SCRIPTS[row['script']]}, {row['split']}", number].append(row)
     for (name, _), rows in groups.items():
         if name.endswith("train"):  # few tasks, played many times: the error over them is not known
