@@ -13,6 +13,7 @@ python tests/figures.py defaults
 import csv
 import importlib
 import json
+import re
 import sys
 from collections import defaultdict
 from dataclasses import fields
@@ -188,7 +189,7 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
     """Return against the episode of the trial, or MAML's step, of all agents in evaluations.csv."""
     agents, players = defaultdict(lambda: defaultdict(list)), read("players.csv")
     for row in read("evaluations.csv"):
-        if row["adaptation"] != "trial" and not row["family"].startswith("Bandit"):
+        if row["adaptation"] != "trial" and not re.match("Bandit|TabularMDP n=(25|50|75)", row["family"]):
             agents[row["family"]][row["name"]].append([float(row[c]) for c in ("adaptation", "mean_return", "stderr")])
     figure, axes = panels((len(agents) + 3) // 4, min(len(agents), 4), 4.2, 4)
     for axis, (family, lines) in zip(axes, agents.items(), strict=False):
@@ -201,10 +202,11 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
             axis.errorbar(before, mean, error, fmt=style, color=colour, markersize=4, label=label)
         episodes = min(10, int(family.partition("n=")[2] or 1))  # or tenths of a trial: players have sums over it
         for row in players:
-            if row["family"].removesuffix(", each episode") == family and row["player"] in ("known goal", "near-Bayes"):
+            if row["family"].removesuffix(", each episode") == family and row["player"] in ("known goal", "known task", "near-Bayes"):
                 label = row["player"] + " (mean of the trial)" * (episodes > 1)
                 axis.axhline(float(row["mean_return"]) / episodes, color="0.4", linestyle=":", label=label)
-        axis.set(title=family, xlabel="episodes or adaptation steps before", ylabel="return of the next episode")
+        before = "tenths of the trial" if family.endswith("n=100") else "episodes or adaptation steps"
+        axis.set(title=family, xlabel=f"{before} before", ylabel="return of the next episode")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     for axis in axes[len(agents) :]:
