@@ -202,7 +202,8 @@ def adaptation(out: Path = RESULTS / "adaptation.png"):
             axis.errorbar(before, mean, error, fmt=style, color=colour, markersize=4, label=label)
         episodes = min(10, int(family.partition("n=")[2] or 1))  # or tenths of a trial: players have sums over it
         for row in players:
-            if row["family"].removesuffix(", each episode") == family and row["player"] in ("known goal", "known task", "near-Bayes"):
+            known = row["player"] in ("known goal", "known task", "near-Bayes")
+            if known and row["family"].removesuffix(", each episode") == family:
                 label = row["player"] + " (mean of the trial)" * (episodes > 1)
                 axis.axhline(float(row["mean_return"]) / episodes, color="0.4", linestyle=":", label=label)
         before = "tenths of the trial" if family.endswith("n=100") else "episodes or adaptation steps"
