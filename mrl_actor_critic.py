@@ -66,7 +66,7 @@ CHECKPOINT = tyro.conf.create_mutex_group(required=False)
 class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of every random draw
-    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
+    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; cuda pays off with many tasks
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "TabularMDP-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # the family's arguments: name value ...
@@ -271,7 +271,7 @@ class Posterior:
 
     def predict(self, features):
         """Mean (M, K) and covariance (M, K, K) of q = w f(s), hence of Q(s, a) = x(a)'q, for f(s) (M, F)."""
-        v = self.v[:, : self.t].flatten(1, 2)  # a row times a matrix is five times as fast as a matrix times a column
+        v = self.v[:, : self.t].flatten(1, 2)  # a row times a matrix is faster than a matrix times a column
         projections = (features[:, None] @ v.mT).view(len(v), self.t, self.mean.shape[1])  # v_i f(s)
         prior = torch.einsum("kf,mf->mk", self.prior_variance, features**2)
         covariance = prior.diag_embed() - projections.mT @ projections
@@ -367,7 +367,7 @@ def critic_loss(agent, batch, mb_inds):
 
 def meta_loss(agent, batch, mb_inds, clip_coef=0.2):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7) and other losses: means over the steps `mb_inds` of (S, ...)."""
-    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # four times as fast as x[mb_inds]
+    mb = {name: x.index_select(0, mb_inds) for name, x in batch.items()}  # twice as fast as x[mb_inds]
     policy, newvalues = agent(mb["inputs"], mb["q"], mb["covariance"], mb["clock"])
     logratio = policy.log_prob(mb["actions"]) - mb["logprobs"]
     ratio, advantages = logratio.exp(), mb["advantages"]

@@ -61,7 +61,7 @@ CHECKPOINT = tyro.conf.create_mutex_group(required=False)
 class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of every random draw
-    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
+    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; cuda pays off with many tasks
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "PointNav-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # the family's arguments: name value ...
@@ -121,7 +121,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 class PointNav(TaskVectorEnv):
     """A point that starts at (0, 0) and a hidden goal ~ U[-0.5, 0.5]^2; the action, clipped to ±0.1 per axis, is added to the
     position; reward -distance to the goal after the move; 100 steps, no early end; the observation is x, y (Finn et al. 2017,
-    5.3, with the squared distance and an end within 0.01 of the goal)."""
+    5.3; there the squared distance, in their code the plain one, and within 0.01 is an end)."""
 
     def __init__(self, num_envs=1, max_episode_steps=100):
         spaces = Box(-np.inf, np.inf, (2,)), Box(-0.1, 0.1, (2,))

@@ -49,7 +49,7 @@ CHECKPOINT = tyro.conf.create_mutex_group(required=False)
 class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of every random draw
-    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; networks this small run faster on the cpu
+    device: Literal["cpu", "cuda"] = "cpu"  # where to compute; cuda pays off with many tasks
     torch_threads: int = 1  # threads of torch; more than one pays off on idle cores only
     env_id: str = "GridNavi-v0"  # task family, or `module:name` for one of another file, such as mrl_maml:PointNav-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # the family's arguments: name value ...

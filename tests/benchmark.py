@@ -11,7 +11,7 @@
     python tests/benchmark.py cost                    # time and memory against tasks, episodes, steps and adaptation steps
     python tests/benchmark.py levels                  # steps and seconds of training until a level is reached
     python tests/benchmark.py size                    # lines and characters of code
-    python tests/benchmark.py report                  # fills the tables of tests/results/README.md from the CSV files alone
+    python tests/benchmark.py report                  # fills the tables of both READMEs from the CSV files alone
 
 Trainings run in runs/benchmark/. Those that are finished there are not run again, so a killed benchmark can be restarted.
 """
@@ -197,7 +197,7 @@ def train_once(run):
         family = labels.get("family") or TRAININGS[labels["name"]][1]
         num_tasks = FAMILIES[family][2]
         if script == "mrl_maml" and num_tasks > 100:
-            num_tasks //= 5  # since it plays 20 episodes per task and step
+            num_tasks //= 5  # since it plays many episodes per task and step
         [path] = folder.glob("*/checkpoint.pt")
         call(script, f"--evaluate {path} --eval-tasks {num_tasks}", folder)
     return [labels | {"seed": seed, "run": name, "seconds": seconds} | row for row in evaluation(folder)]

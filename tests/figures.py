@@ -104,7 +104,7 @@ class Recorder(gym.vector.VectorWrapper):
 
 
 def play(name, num_tasks=None, tasks=None):
-    """Lets a stored agent play `tasks`, or the first of the held-out ones that `--evaluate` plays, with the same noise.
+    """Lets a stored agent play `tasks`, or the first of the held-out ones that `--evaluate` plays.
 
     Returns the tasks, their returns by episode or step, and the paths (rounds, T + 1, tasks, D), one per task and round."""
     sys.path.insert(0, str(ROOT))
@@ -186,7 +186,7 @@ def trajectories(name: str = "maml_point_nav", num_tasks: int = 6, out: Path = R
 
 
 def adaptation(out: Path = RESULTS / "adaptation.png"):
-    """Return against the episode of the trial, or MAML's step, of all agents in evaluations.csv."""
+    """Return against the episode of the trial, or MAML's step, of the agents in evaluations.csv, but for bandits."""
     agents, players = defaultdict(lambda: defaultdict(list)), read("players.csv")
     for row in read("evaluations.csv"):
         if row["adaptation"] != "trial" and not re.match("Bandit|TabularMDP n=(25|50|75)", row["family"]):
