@@ -67,7 +67,8 @@ FAMILIES = {  # name, as in players.csv: script that is its home, flags, number 
 }
 MATRIX = tuple(name for name in FAMILIES if name != "SenseByRound")[:9]
 for k, n in itertools.product((5, 10, 50), (10, 100, 500)):  # the nine of Duan et al. 2016
-    FAMILIES.setdefault(f"Bandit k={k} n={n}", ("mrl_rl2", f"Bandit-v0 --env-kwargs k {k} n {n}", 4000))
+    tasks = {10: 10_000, 100: 4000, 500: 1000}[n]  # since 50 arms take much memory
+    FAMILIES.setdefault(f"Bandit k={k} n={n}", ("mrl_rl2", f"Bandit-v0 --env-kwargs k {k} n {n}", tasks))
 LONGER = {f"TabularMDP n={n}": f"--env-kwargs n {n}" for n in (25, 50, 75, 100)}
 FAMILIES |= {name: ("mrl_actor_critic", f"TabularMDP-v0 {flags}", 1000) for name, flags in LONGER.items()}
 ON_A_GPU = "--device cuda --hidden-size 256 --learning-rate 0.001"
@@ -76,7 +77,7 @@ SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "", FIVE, ""),
-    "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", FIVE, "the default command"),
+    "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", (*FIVE, 6, 7, 8, 9), "the default command"),
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", f"{ON_A_GPU} {LARGE_BATCH}", (1,), "on an H100"),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
     "rl2_cross_modal_apart": ("mrl_rl2", "CrossModalGridNavi", "--env-kwargs senses apart", FIVE, "never sees a switch"),
