@@ -542,9 +542,10 @@ if __name__ == "__main__":
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
-        ("torch_threads total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
+        ("total_timesteps eval_every hidden_size num_features num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
+        ("torch_threads", 1, os.cpu_count()),  # thousands end in a segmentation fault
     ):
         for name in names.split():
             if not least <= getattr(args, name) <= greatest:
@@ -604,8 +605,8 @@ if __name__ == "__main__":
     while global_step < args.total_timesteps and not args.evaluate:
         iteration, start = iteration + 1, time.time()
         rng = seed_all(args.seed, iteration, RANK)
-        remaining = 1 - global_step / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
+        left = 1 - global_step / args.total_timesteps  # of the training
+        optimizer.param_groups[0]["lr"] = learning_rate = left * args.learning_rate
         optimizer.param_groups[1]["lr"] = 5 * learning_rate  # the critic's, which makes one pass
         tasks = sample_tasks(envs, num_tasks, rng)
         if train_tasks:
@@ -629,8 +630,7 @@ if __name__ == "__main__":
             splits = (torch.randperm(n, device=args.device).tensor_split(args.num_minibatches) for n in (num_steps, num_tasks))
             for mb_inds, mb_trials in zip(*splits, strict=True):
                 mb_losses = meta_loss(agent, flat, mb_inds)
-                loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
-                loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
+                loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"] - left * args.ent_coef * mb_losses["entropy"]
                 if epoch == 0 and args.meta_value:
                     mb_losses["critic_loss"] = critic_loss(agent, batch, mb_trials)
                     loss = loss + mb_losses["critic_loss"]

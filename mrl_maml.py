@@ -566,10 +566,11 @@ if __name__ == "__main__":
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks num_episodes eval_adapt_steps learning_rate", 0, 2**53),
-        ("torch_threads total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
+        ("total_timesteps eval_every hidden_size adapt_steps update_epochs", 1, 2**53),
         ("inner_lr", 1e-9, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
+        ("torch_threads", 1, os.cpu_count()),  # thousands end in a segmentation fault
     ):
         for name in names.split():
             if not least <= getattr(args, name) <= greatest:

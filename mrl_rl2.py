@@ -203,7 +203,7 @@ class Agent(nn.Module):
 
     def make_input(self, obs, previous=None):
         """The input (M, I), observations still raw: obs (M, D), and the previous step's (obs, actions, rewards (M), dones (M))
-        or zeros at the start of a trial. After an episode, obs is the first of the next: its last is never read."""
+        or zeros at the start of a trial. After an episode, obs is the first of the next; its own last one is never read."""
         if previous is None:
             return nn.functional.pad(obs, (0, self.obs_dim + self.action_dim + 2))
         last_obs, actions, rewards, dones = previous
@@ -451,9 +451,10 @@ if __name__ == "__main__":
     args.env_kwargs = {name: {"true": True, "false": False}.get(x, x) for name, x in args.env_kwargs.items()}
     for names, least, greatest in (
         ("seed num_train_tasks num_tasks learning_rate ent_coef", 0, 2**53),
-        ("torch_threads total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
+        ("total_timesteps eval_every hidden_size num_minibatches update_epochs", 1, 2**53),
         ("eval_tasks", 2, 2**53),
         ("gamma gae_lambda", 0, 1),
+        ("torch_threads", 1, os.cpu_count()),  # thousands end in a segmentation fault
     ):
         for name in names.split():
             if not least <= getattr(args, name) <= greatest:
@@ -511,8 +512,8 @@ if __name__ == "__main__":
     while global_step < args.total_timesteps and not args.evaluate:
         iteration, start = iteration + 1, time.time()
         rng = seed_all(args.seed, iteration, RANK)
-        remaining = 1 - global_step / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
+        left = 1 - global_step / args.total_timesteps  # of the training
+        optimizer.param_groups[0]["lr"] = learning_rate = left * args.learning_rate
         tasks = sample_tasks(envs, num_tasks, rng)
         if train_tasks:
             tasks = [train_tasks[i] for i in rng.integers(len(train_tasks), size=num_tasks)]
@@ -532,8 +533,7 @@ if __name__ == "__main__":
         for _ in range(args.update_epochs):
             for mb_inds in torch.randperm(num_tasks, device=args.device).tensor_split(args.num_minibatches):  # whole trials
                 mb_losses = meta_loss(agent, batch, mb_inds)
-                loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"]
-                loss = loss - remaining * args.ent_coef * mb_losses["entropy"]
+                loss = mb_losses["policy_loss"] + 0.5 * mb_losses["value_loss"] - left * args.ent_coef * mb_losses["entropy"]
                 optimizer.zero_grad()
                 loss.backward()
                 average(*(p.grad for p in agent.parameters()))

@@ -157,6 +157,7 @@ BAD = {  # flags, and what the one line must name
     "--learning-rate nan": "--learning-rate nan: give a number",
     "--gamma 2": "--gamma 2.0: give a number from 0 to 1",
     "--torch-threads 0": "--torch-threads 0: give a number from 1",
+    "--torch-threads 100000": "--torch-threads 100000: give a number from 1",
     "--device cuda": "each process needs a GPU",
     "--env-kwargs arms 5": "arms",
     "--env-id CartPoll-v1 --env-kwargs": "Did you mean: `CartPole`",
