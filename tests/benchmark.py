@@ -69,8 +69,8 @@ MATRIX = tuple(name for name in FAMILIES if name != "SenseByRound")[:9]
 for k, n in itertools.product((5, 10, 50), (10, 100, 500)):  # the nine of Duan et al. 2016
     tasks = {10: 10_000, 100: 4000, 500: 1000}[n]  # since 50 arms take much memory
     FAMILIES.setdefault(f"Bandit k={k} n={n}", ("mrl_rl2", f"Bandit-v0 --env-kwargs k {k} n {n}", tasks))
-LONGER = {f"TabularMDP n={n}": f"--env-kwargs n {n}" for n in (25, 50, 75, 100)}
-FAMILIES |= {name: ("mrl_actor_critic", f"TabularMDP-v0 {flags}", 1000) for name, flags in LONGER.items()}
+for n in (25, 50, 75, 100):
+    FAMILIES[f"TabularMDP n={n}"] = ("mrl_actor_critic", f"TabularMDP-v0 --env-kwargs n {n}", 1000)
 ON_A_GPU = "--device cuda --hidden-size 256 --learning-rate 0.001"
 LARGE_BATCH = "--num-tasks 2048 --gae-lambda 0.3 --total-timesteps 39526400"
 SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
@@ -99,6 +99,8 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "maml_ant_dir": ("mrl_maml", "AntDir", "", THREE, ""),
     "actor_critic_bandit_k5_n10": ("mrl_actor_critic", "Bandit k=5 n=10", "", FIVE, ""),
     "actor_critic_bandit_k5_n100": ("mrl_actor_critic", "Bandit k=5 n=100", "", FIVE, ""),
+    "actor_critic_bandit_k10_n100": ("mrl_actor_critic", "Bandit k=10 n=100", "", (1,), ""),
+    "actor_critic_bandit_k50_n100": ("mrl_actor_critic", "Bandit k=50 n=100", "", (1,), ""),
     "actor_critic_tabular_mdp": ("mrl_actor_critic", "TabularMDP n=10", SHORT, FIVE, ""),
     "actor_critic_grid_navi": ("mrl_actor_critic", "GridNavi", "", FIVE, ""),
     "actor_critic_cross_modal": ("mrl_actor_critic", "CrossModalGridNavi", "", FIVE, ""),
@@ -106,7 +108,14 @@ TRAININGS = {  # name: script, family, flags beside those of the family, seeds, 
     "actor_critic_sparse_point_nav": ("mrl_actor_critic", "SparsePointNav", "", FIVE, ""),
     "actor_critic_half_cheetah_dir": ("mrl_actor_critic", "HalfCheetahDir", "", THREE, ""),
 }
-LONGER_TRIALS = ("rl2_tabular_mdp_n10", "actor_critic_tabular_mdp")
+LONGER = {  # agents that are evaluated in longer trials than those of their training, too
+    "rl2_tabular_mdp_n10": ("TabularMDP n=25", "TabularMDP n=50", "TabularMDP n=75", "TabularMDP n=100"),
+    "actor_critic_tabular_mdp": ("TabularMDP n=25", "TabularMDP n=50", "TabularMDP n=75", "TabularMDP n=100"),
+    "rl2_bandit_k5_n100": ("Bandit k=5 n=500",),
+    "actor_critic_bandit_k5_n100": ("Bandit k=5 n=500",),
+    "actor_critic_bandit_k10_n100": ("Bandit k=10 n=500",),
+    "actor_critic_bandit_k50_n100": ("Bandit k=50 n=500",),
+}
 
 NO_META = ("", "--no-meta-policy", "--no-meta-value", "--no-meta-action-selection")
 ABLATIONS = (  # script, families, switches, seeds, flags
@@ -270,9 +279,9 @@ def evaluate_agent(name, path, flags):
 def evaluate(names: tyro.conf.Positional[Names] = tuple(TRAININGS)):
     """Agents of tests/results, all or those named, on held-out tasks -> evaluations.csv"""
     evaluations = [(name, TRAININGS[name][1], FAMILIES[TRAININGS[name][1]][2], "") for name in names]
-    for name, family in itertools.product(LONGER_TRIALS, LONGER):
-        if name in names:
-            evaluations.append((name, family, FAMILIES[family][2], LONGER[family]))
+    for name in names:
+        for family in LONGER.get(name, ()):
+            evaluations.append((name, family, FAMILIES[family][2], f"--env-kwargs n {family.split('n=')[1]}"))
     for name, family, num_tasks, flags in evaluations:
         if (RESULTS / f"{name}.pt").exists():
             rows = evaluate_agent(name, RESULTS / f"{name}.pt", f"--eval-tasks {num_tasks} {flags}")
@@ -576,7 +585,7 @@ def family_tables():
         if "noise" in column:
             title, _, column = row["family"].rpartition(" ")
         elif adaptation and adaptation != "trial":
-            if row["family"] in LONGER:
+            if row["family"] in LONGER.get(row["name"], ()):
                 continue
             title, column = f"{row['family']}, episode by episode" if column else title, adaptation
         column = column.removeprefix("episode ").replace("sum of 4 episodes", "trial") or adaptation or "each episode"
