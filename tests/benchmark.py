@@ -77,6 +77,7 @@ SHORT = "--no-meta-policy --gae-lambda 1 --total-timesteps 500000"
 TRAININGS = {  # name: script, family, flags beside those of the family, seeds, note
     "rl2_bandit_k5_n10": ("mrl_rl2", "Bandit k=5 n=10", "", FIVE, ""),
     "rl2_bandit_k5_n100": ("mrl_rl2", "Bandit k=5 n=100", "", FIVE, ""),
+    "rl2_bandit_k10_n100": ("mrl_rl2", "Bandit k=10 n=100", "", (1,), ""),
     "rl2_grid_navi": ("mrl_rl2", "GridNavi", "", (*FIVE, 6, 7, 8, 9), "the default command"),
     "rl2_tabular_mdp_n10": ("mrl_rl2", "TabularMDP n=10", f"{ON_A_GPU} {LARGE_BATCH}", (1,), "on an H100"),
     "rl2_cross_modal": ("mrl_rl2", "CrossModalGridNavi", "", FIVE, ""),
@@ -112,6 +113,7 @@ LONGER = {  # agents that are evaluated in longer trials than those of their tra
     "rl2_tabular_mdp_n10": ("TabularMDP n=25", "TabularMDP n=50", "TabularMDP n=75", "TabularMDP n=100"),
     "actor_critic_tabular_mdp": ("TabularMDP n=25", "TabularMDP n=50", "TabularMDP n=75", "TabularMDP n=100"),
     "rl2_bandit_k5_n100": ("Bandit k=5 n=500",),
+    "rl2_bandit_k10_n100": ("Bandit k=10 n=500",),
     "actor_critic_bandit_k5_n100": ("Bandit k=5 n=500",),
     "actor_critic_bandit_k10_n100": ("Bandit k=10 n=500",),
     "actor_critic_bandit_k50_n100": ("Bandit k=50 n=500",),
